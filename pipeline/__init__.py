@@ -1,0 +1,1 @@
+"""Tiles to an evaluated encoder: pretraining, features, decoders, the command line."""

@@ -1,0 +1,1 @@
+"""Tiles to batches of augmented views."""

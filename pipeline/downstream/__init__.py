@@ -1,0 +1,1 @@
+"""Decoders on frozen features: splits, training, metrics."""

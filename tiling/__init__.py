@@ -1,0 +1,1 @@
+"""Slides to tiles: everything before the first tensor. Imports neither torch nor pipeline."""

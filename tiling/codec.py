@@ -1,0 +1,169 @@
+"""One tile to bytes and back: JPEG with the source's own tables, or lossless zstd.
+
+Re-encoding a decoded JPEG with the same quantisation tables, chroma subsampling and colour space, on the same
+16-pixel MCU grid, costs almost nothing in fidelity (51 dB and more on slides of PANDA pixels; q95 with
+other tables 42 dB) or in bytes.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import imagecodecs
+import numpy as np
+from PIL import Image
+
+from tiling.errors import DamageError, UsageError
+
+CODECS = ("jpeg", "zstd")
+FALLBACK_QUALITY = 95
+ZSTD_LEVEL = 3
+
+# Row-major position of each coefficient of a zigzag-ordered table (ITU T.81, figure A.6).
+_ZIGZAG = sorted(range(64), key=lambda n: (n // 8 + n % 8, (n // 8 if (n // 8 + n % 8) % 2 else n % 8)))
+_SUBSAMPLING = {(1, 1): "4:4:4", (2, 1): "4:2:2", (2, 2): "4:2:0"}
+_SOF_BASELINE = (0xC0, 0xC1, 0xC2)
+_MARKER_WITHOUT_LENGTH = (0xD8, 0x01, *range(0xD0, 0xD8))
+
+
+@dataclass(frozen=True)
+class JpegSettings:
+    """What decides a JPEG's fidelity.
+
+    Args:
+        tables: Quantisation table of each component, row-major, 64 values each.
+        subsampling: Chroma subsampling in Pillow's words, "4:2:0" and so on.
+        rgb: Whether the components are R, G, B rather than Y, Cb, Cr.
+    """
+
+    tables: tuple[tuple[int, ...], ...]
+    subsampling: str
+    rgb: bool
+
+
+def _segments(stream: bytes) -> list[tuple[int, bytes]]:
+    """(marker, payload) of each marker segment before the entropy-coded data."""
+    found, at = [], 0
+    while at + 4 <= len(stream):
+        if stream[at] != 0xFF:
+            break
+        marker = stream[at + 1]
+        if marker in _MARKER_WITHOUT_LENGTH or marker == 0xFF:
+            at += 1 if marker == 0xFF else 2
+            continue
+        if marker in (0xDA, 0xD9):
+            break
+        length = int.from_bytes(stream[at + 2 : at + 4], "big")
+        found.append((marker, stream[at + 4 : at + 2 + length]))
+        at += 2 + length
+    return found
+
+
+def _tables(payload: bytes) -> dict[int, tuple[int, ...]]:
+    """Quantisation tables of one DQT segment, row-major, by table number."""
+    tables, at = {}, 0
+    while at < len(payload):
+        width = 2 if payload[at] >> 4 else 1
+        number = payload[at] & 15
+        raw = payload[at + 1 : at + 1 + 64 * width]
+        zigzag = np.frombuffer(raw, ">u2" if width == 2 else "u1")
+        row_major = np.empty(64, np.int64)
+        row_major[_ZIGZAG] = zigzag
+        tables[number] = tuple(int(value) for value in row_major)
+        at += 1 + 64 * width
+    return tables
+
+
+def jpeg_settings(stream: bytes, shared_tables: bytes | None = None, declared_rgb: bool = False) -> JpegSettings | None:
+    """Settings of a JPEG stream, read from its own header.
+
+    Args:
+        stream: The stream, or at least its header.
+        shared_tables: TIFF's JPEGTables, when tables are kept apart from the streams.
+        declared_rgb: The container says that the components are RGB (TIFF photometric 2); it decides only where
+            neither an Adobe marker nor the component ids do, as in libjpeg.
+
+    Returns:
+        The settings, or None for a stream whose settings Pillow cannot repeat (not three components, unusual sampling).
+    """
+    tables: dict[int, tuple[int, ...]] = {}
+    components: list[tuple[int, int, int, int]] = []
+    adobe: int | None = None
+    jfif = False
+    try:
+        for marker, payload in _segments(shared_tables or b"") + _segments(stream):
+            if marker == 0xDB:
+                tables |= _tables(payload)
+            elif marker in _SOF_BASELINE:
+                rows = [payload[6 + 3 * n : 9 + 3 * n] for n in range(payload[5])]
+                components = [(row[0], row[1] >> 4, row[1] & 15, row[2]) for row in rows]
+            elif marker == 0xEE and payload[:5] == b"Adobe":
+                adobe = payload[11]
+            elif marker == 0xE0 and payload[:4] == b"JFIF":
+                jfif = True
+    except (IndexError, ValueError):
+        return None
+    sampling = [(across, down) for _, across, down, _ in components]
+    if len(components) != 3 or sampling[1:] != [(1, 1)] * 2 or sampling[0] not in _SUBSAMPLING:
+        return None
+    if any(number not in tables for *_, number in components):
+        return None
+    named_rgb = tuple(name for name, *_ in components) == (82, 71, 66)
+    rgb = adobe == 0 if adobe is not None else (named_rgb or (declared_rgb and not jfif))
+    return JpegSettings(tuple(tables[number] for *_, number in components), _SUBSAMPLING[sampling[0]], rgb)
+
+
+def encode_jpeg(tile: np.ndarray, settings: JpegSettings | None) -> bytes:
+    """One RGB tile (px, px, 3) as JPEG: with ``settings``, or at quality 95 without subsampling."""
+    out = io.BytesIO()
+    image = Image.fromarray(tile)
+    if settings is None:
+        image.save(out, "JPEG", quality=FALLBACK_QUALITY, subsampling="4:4:4")
+    else:
+        image.save(
+            out,
+            "JPEG",
+            qtables=[list(table) for table in settings.tables],
+            subsampling=settings.subsampling,
+            keep_rgb=settings.rgb,
+        )
+    return out.getvalue()
+
+
+def encode(tile: np.ndarray, codec: str, settings: JpegSettings | None) -> bytes:
+    """One tile as bytes of the store's inner codec."""
+    if codec == "jpeg":
+        return encode_jpeg(tile, settings)
+    return bytes(imagecodecs.zstd_encode(np.ascontiguousarray(tile), level=ZSTD_LEVEL))
+
+
+def decode(data: bytes, codec: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Bytes of the store's inner codec back to a uint8 tile of ``shape``.
+
+    Raises:
+        DamageError: The bytes do not decode to that shape.
+    """
+    try:
+        if codec == "jpeg":
+            tile = imagecodecs.jpeg8_decode(data)
+        else:
+            tile = np.frombuffer(imagecodecs.zstd_decode(data), np.uint8).reshape(shape)
+    except (RuntimeError, ValueError) as error:
+        raise DamageError(f"tile does not decode as {codec} ({error})") from error
+    if tile.shape != shape:
+        raise DamageError(f"tile decodes to shape {tile.shape}, expected {shape}")
+    return np.asarray(tile)
+
+
+def zarr_codecs(codec: str) -> list[dict[str, Any]]:
+    """The same codec in Zarr v3's words: what goes into the shard's metadata, crc32c included."""
+    if codec == "jpeg":
+        inner: list[dict[str, Any]] = [{"name": "imagecodecs_jpeg"}]
+    elif codec == "zstd":
+        inner = [
+            {"name": "bytes"},
+            {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}},
+        ]
+    else:
+        raise UsageError(f"codec {codec!r}, known are {', '.join(CODECS)}")
+    return [*inner, {"name": "crc32c"}]

@@ -1,0 +1,99 @@
+"""Pictures of a tiled slide: the overview with every candidate outlined, and a sheet of kept and rejected tiles."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tiling.codec import encode_jpeg
+from tiling.grid import Cut
+
+# One colour per fate of a candidate, told apart by colour-blind readers too (Okabe & Ito 2008).
+COLOURS = {
+    "": (0, 114, 178),
+    "tissue": (170, 170, 170),
+    "empty": (230, 159, 0),
+    "edges": (213, 94, 0),
+    "texture": (204, 121, 167),
+    "damaged": (0, 0, 0),
+}
+_NAMES = {"": "kept", "tissue": "too little tissue", "edges": "too few edges", "texture": "too homogeneous"}
+THUMBNAIL_SIDE = 1200
+SHEET_COLUMNS, SHEET_TILE = 10, 112
+_STRIP = 26
+_WHITE = (255, 255, 255)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def thumbnail(overview: np.ndarray, cut: Cut, corners: np.ndarray, reasons: Sequence[str]) -> bytes:
+    """The overview with the outline of every candidate, coloured by its fate, and a legend with counts, as JPEG.
+
+    Args:
+        overview: uint8, shape (H, W, 3).
+        cut: How the tiles were cut.
+        corners: Candidates' corners in pixels of the cut level, shape (N, 2).
+        reasons: Why each was rejected; "" for kept ones.
+    """
+    scale = THUMBNAIL_SIDE / max(overview.shape[:2])
+    size = round(overview.shape[1] * scale), round(overview.shape[0] * scale)
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    picture = np.full((size[1] + _STRIP, max(size[0], 700), 3), 255, np.uint8)
+    picture[_STRIP:, : size[0]] = cv2.resize(overview, size, interpolation=interpolation)
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    to_picture = size[0] / cut.level.width
+    order = sorted(range(len(corners)), key=lambda n: reasons[n] == "")  # kept ones are drawn last, on top
+    for number in order:
+        x, y = corners[number] * to_picture
+        side = cut.span * to_picture
+        reason = reasons[number]
+        box = (x + 1, y + 1 + _STRIP, x + side - 1, y + side - 1 + _STRIP)
+        draw.rectangle(box, outline=COLOURS[reason], width=2 if reason == "" else 1)
+    _legend(draw, reasons)
+    return encode_jpeg(np.asarray(image), None)
+
+
+def _legend(draw: ImageDraw.ImageDraw, reasons: Sequence[str]) -> None:
+    left = 6
+    for reason, colour in COLOURS.items():
+        count = sum(1 for other in reasons if other == reason)
+        if not count and reason != "":
+            continue
+        draw.rectangle((left, 7, left + 12, 19), outline=colour, width=3)
+        text = f"{_NAMES.get(reason, reason)} {count}"
+        draw.text((left + 18, 5), text, fill=(0, 0, 0), font=_font(14))
+        left += 34 + round(draw.textlength(text, font=_font(14)))
+
+
+def contact_sheet(kept: Sequence[tuple[np.ndarray, str]], rejected: Sequence[tuple[np.ndarray, str]]) -> bytes:
+    """A sheet of tiles, kept ones above and rejected ones below, each with its caption, as JPEG.
+
+    Args:
+        kept: Tiles, uint8 (px, px, 3), with their label's name.
+        rejected: Tiles with the reason.
+    """
+    strips = [
+        _strip(f"kept ({len(kept)} shown)", kept),
+        _strip(f"rejected ({len(rejected)} shown)", [(tile, _NAMES.get(why, why)) for tile, why in rejected]),
+    ]
+    return encode_jpeg(np.concatenate(strips), None)
+
+
+def _strip(title: str, tiles: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
+    """Title line and rows of captioned tiles, uint8 (H, W, 3)."""
+    step = SHEET_TILE + 18
+    rows = -(-len(tiles) // SHEET_COLUMNS)
+    image = Image.new("RGB", (SHEET_COLUMNS * (SHEET_TILE + 4), _STRIP + rows * step), _WHITE)
+    draw = ImageDraw.Draw(image)
+    draw.text((4, 4), title, fill=(0, 0, 0), font=_font(16))
+    for number, (tile, caption) in enumerate(tiles):
+        row, column = divmod(number, SHEET_COLUMNS)
+        small = cv2.resize(tile, (SHEET_TILE, SHEET_TILE), interpolation=cv2.INTER_AREA)
+        x, y = column * (SHEET_TILE + 4), _STRIP + row * step
+        image.paste(Image.fromarray(small), (x, y))
+        draw.text((x + 2, y + SHEET_TILE + 1), caption, fill=(60, 60, 60), font=_font(12))
+    return np.asarray(image)

@@ -1,0 +1,148 @@
+"""Compressed source segments, each decoded at most once, cut into tiles in row order.
+
+A segment is the unit that a slide's file compresses: a TIFF tile or strip, a restart interval of an NDPI, a block read
+through OpenSlide. Tiles come in row order, so a segment can be dropped as soon as the tiles have passed it, and a
+segment that no tile needs is never decoded. Damage stays inside its segment.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from tiling.errors import GridError, SlideError
+
+# TIFF tiles are multiples of 16 px wide, so that a block's columns always reduce to whole pixels.
+MAX_SHRINK = 16
+
+
+@dataclass(frozen=True)
+class SegmentGrid:
+    """Segments of one level: sizes in level pixels; segments are numbered row by row."""
+
+    width: int
+    height: int
+    segment_width: int
+    segment_height: int
+
+    @property
+    def columns(self) -> int:
+        """Segments per row."""
+        return -(-self.width // self.segment_width)
+
+    @property
+    def rows(self) -> int:
+        """Rows of segments."""
+        return -(-self.height // self.segment_height)
+
+    def corner(self, number: int) -> tuple[int, int]:
+        """x, y of a segment's first pixel, in level pixels."""
+        row, column = divmod(number, self.columns)
+        return column * self.segment_width, row * self.segment_height
+
+    def under(self, x: int, y: int, span: int) -> list[int]:
+        """Numbers of the segments that a square box touches."""
+        if x < 0 or y < 0 or x + span > self.width or y + span > self.height:
+            raise GridError(f"box at {x}, {y} of {span} px lies outside a level of {self.width} x {self.height} px")
+        columns = range(x // self.segment_width, (x + span - 1) // self.segment_width + 1)
+        rows = range(y // self.segment_height, (y + span - 1) // self.segment_height + 1)
+        return [row * self.columns + column for row in rows for column in columns]
+
+
+Decode = Callable[[int], np.ndarray]
+
+
+@dataclass
+class RowReader:
+    """Cuts boxes that come in row order (y never decreases), decoding each segment at most once.
+
+    Args:
+        grid: Segments of the level.
+        decode: Segment number -> pixels, uint8, shape (h, w, channels); raises SlideError for a damaged one.
+    """
+
+    grid: SegmentGrid
+    decode: Decode
+
+    def __post_init__(self) -> None:
+        self.decoded = 0
+        self.damaged: dict[int, str] = {}
+        self._held: dict[int, np.ndarray] = {}
+        self._row = 0
+
+    def _segment(self, number: int) -> np.ndarray | None:
+        """Pixels of a segment, None when it is damaged."""
+        if number in self.damaged:
+            return None
+        if number not in self._held:
+            try:
+                self._held[number] = self.decode(number)
+                self.decoded += 1
+            except SlideError as error:
+                self.damaged[number] = error.what
+                return None
+        return self._held[number]
+
+    def cut(self, x: int, y: int, span: int) -> np.ndarray | None:
+        """Pixels of a box, uint8, (span, span, channels); None when a segment under it is damaged."""
+        numbers = self.grid.under(x, y, span)
+        self._forget_above(numbers[0] // self.grid.columns)
+        out: np.ndarray | None = None
+        for number in numbers:
+            pixels = self._segment(number)
+            if pixels is None:
+                return None
+            if out is None:
+                out = np.empty((span, span, pixels.shape[2]), np.uint8)
+            left, top = self.grid.corner(number)
+            x0, x1 = max(x, left), min(x + span, left + pixels.shape[1])
+            y0, y1 = max(y, top), min(y + span, top + pixels.shape[0])
+            out[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[y0 - top : y1 - top, x0 - left : x1 - left]
+        return out
+
+    def _forget_above(self, row: int) -> None:
+        if row > self._row:
+            first = row * self.grid.columns
+            self._held = {number: pixels for number, pixels in self._held.items() if number >= first}
+            self._row = row
+        elif row < self._row:
+            raise GridError(f"box in segment row {row} after row {self._row}: boxes must come in row order")
+
+
+def shrink(grid: SegmentGrid, decode: Decode, factor: int) -> np.ndarray:
+    """A whole level at 1/factor by area mean, one block of segments in memory at a time.
+
+    ``factor`` is a power of two up to MAX_SHRINK. Damaged segments stay white, so that no tissue is found in them.
+
+    Returns:
+        uint8, shape (ceil(H / factor), ceil(W / factor), 3).
+    """
+    out = np.full((-(-grid.height // factor), -(-grid.width // factor), 3), 255, np.uint8)
+    for left, top, block in _blocks(grid, decode, factor):
+        height, width = -(-block.shape[0] // factor), -(-block.shape[1] // factor)
+        small = cv2.resize(block, (width, height), interpolation=cv2.INTER_AREA) if factor > 1 else block
+        out[top // factor : top // factor + height, left // factor : left // factor + width] = small
+    return out
+
+
+def _blocks(grid: SegmentGrid, decode: Decode, factor: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Rows of segments joined until each block's height is a multiple of ``factor`` (NDPI's are 8 px high)."""
+    rows_joined = math.lcm(factor, grid.segment_height) // grid.segment_height
+    for first in range(0, grid.rows, rows_joined):
+        top = first * grid.segment_height
+        height = min(rows_joined * grid.segment_height, grid.height - top)
+        for column in range(grid.columns):
+            left = column * grid.segment_width
+            width = min(grid.segment_width, grid.width - left)
+            block = np.full((height, width, 3), 255, np.uint8)
+            for row in range(first, min(first + rows_joined, grid.rows)):
+                try:
+                    pixels = decode(row * grid.columns + column)[..., :3]
+                except SlideError:
+                    continue
+                at = row * grid.segment_height - top
+                pixels = pixels[: height - at, :width]  # TIFF tiles reach past the level's edge
+                block[at : at + pixels.shape[0], : pixels.shape[1]] = pixels
+            yield left, top, block
