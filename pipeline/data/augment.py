@@ -1,19 +1,18 @@
 """Multi-crop views as batched tensor operations on the device, from uint8 tiles.
 
-Three steps. A :class:`ViewSpec` says what kind of view is wanted. :func:`draw` turns it into
-:class:`ViewParameters`, a few numbers per sample, on the host and without state (:mod:`pipeline.data.randomness`):
-a sample gets the same view in whatever batch, on whatever rank, after whatever resume. :func:`render` makes the
-pixels. Which samples are blurred, jittered and so on is known on the host, so the device is never waited for.
+A `ViewSpec` says what kind of view is wanted. `draw` turns it into `ViewParameters`, a few numbers per sample, on the
+host and without state: a sample gets the same view in any batch, on any rank, after any resume. `render` makes the
+pixels; what happens to which sample is known on the host, so the device is never waited for.
 
-What is as in the original DINO (facebookresearch/dino, ``main_dino.py``, ``DataAugmentationDINO``): order crop,
-flip, jitter, greyscale, blur, solarise, normalise; probabilities and strengths under preset ``original``.
-What is not: resampling is bilinear, not bicubic; nothing is rounded to uint8 between steps; the four jitters have
-one fixed order (torchvision shuffles them); crops that would not fit are not retried (see :func:`draw`).
+As in the original DINO (facebookresearch/dino, ``main_dino.py``, ``DataAugmentationDINO``): the order crop, flip,
+jitter, greyscale, blur, solarise, normalise; with preset ``original`` also every probability and strength. Not as
+there: resampling is bilinear, not bicubic; nothing is rounded to uint8 in between; the four jitters keep one order
+(torchvision shuffles them); the blur is a true Gaussian (PIL's is three boxes); crops as told in `draw`.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,14 +22,13 @@ from pipeline.data.randomness import uniforms
 from tiling.errors import UsageError
 
 Triple = tuple[float, float, float]
+Drawn = tuple[int, "ViewParameters"]  # a view's side in pixels, and what was drawn for it
+Change = Callable[[torch.Tensor, np.ndarray], torch.Tensor]
 
-GREY = (0.2989, 0.587, 0.114)  # ITU-R 601 luma, as torchvision rounds it
-RATIO = 4 / 3  # crops are at most this much wider than high, or higher than wide
-BLUR_RADIUS = 6  # three standard deviations of the widest blur
-MAX_SIGMA = BLUR_RADIUS / 3
-LOCAL_STREAM = 1 << 16  # global views have the streams below: adding one leaves the others as they are
-CPU_VALUES = 3 * 3 * 224 * 224  # values a CPU core works on at a time: a few buffers of them fit its cache
-_COLUMNS = 16  # uniform numbers per sample and view
+MAX_SIGMA = 2.0  # widest blur, pixels of the view
+BLUR_RADIUS = 6  # three of these standard deviations
+LOCAL_STREAM = 1 << 16  # globals have the streams below: one view more leaves the others as they are
+CPU_VALUES = 6 * 3 * 224 * 224  # a CPU works on about this many values at a time, so that they stay in its cache
 
 
 def _check_shares(spec: object, names: Sequence[str]) -> None:
@@ -41,24 +39,14 @@ def _check_shares(spec: object, names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """One kind of view.
+    """One kind of view."""
 
-    Attributes:
-        name: For logs and errors, such as ``global0``.
-        stream: The view's identity: its random stream, unique among a sample's views.
-        size: Side of the view, pixels.
-        scale: Least and largest share of the tile's area that a crop covers.
-        blur: Probability of Gaussian blur.
-        solarise: Probability of solarisation.
-        is_global: Whether this is a global crop, fit for the teacher.
-    """
-
-    name: str
-    stream: int
-    size: int
-    scale: tuple[float, float]
-    blur: float
-    solarise: float
+    name: str  # for logs and errors: global0, local3
+    stream: int  # the view's identity: its random stream, unique among a sample's views
+    size: int  # side of the view, pixels
+    scale: tuple[float, float]  # share of the tile's area that a crop covers, least and largest
+    blur: float  # probability
+    solarise: float  # probability
     is_global: bool
 
     def __post_init__(self) -> None:
@@ -72,29 +60,17 @@ class ViewSpec:
 
 @dataclass(frozen=True)
 class ColourSpec:
-    """What all views share: strengths and probabilities.
+    """What all views share: colours, orientations, width of the blur."""
 
-    Attributes:
-        brightness: Factors lie in [1 - this, 1 + this]; so for contrast and saturation.
-        contrast: See brightness.
-        saturation: See brightness.
-        hue: Shift of the hue, at most this many turns either way.
-        jitter: Probability of these four together.
-        greyscale: Probability of greyscale.
-        rot90: Whether views are turned by a random multiple of 90 degrees.
-        vertical_flip: Whether views are flipped upside down half of the time (mirrored they always are).
-        blur_sigma: Least and largest standard deviation of the blur, pixels of the view.
-    """
-
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    jitter: float
-    greyscale: float
-    rot90: bool
-    vertical_flip: bool
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    brightness: float  # factors lie in [1 - this, 1 + this]
+    contrast: float  # the same
+    saturation: float  # the same
+    hue: float  # at most this many turns either way
+    jitter: float  # probability of these four together
+    greyscale: float  # probability
+    rot90: bool  # turned by 0, 90, 180 or 270 degrees
+    vertical_flip: bool  # half are flipped upside down; mirrored half always are
+    blur_sigma: tuple[float, float] = (0.1, MAX_SIGMA)  # standard deviation, pixels of the view
 
     def __post_init__(self) -> None:
         low, high = self.blur_sigma
@@ -105,84 +81,55 @@ class ColourSpec:
         _check_shares(self, ("brightness", "contrast", "saturation", "jitter", "greyscale"))
 
 
-@dataclass(frozen=True)
-class _Preset:
-    """Colours, and probabilities by view: first global, other globals, locals."""
-
-    colour: ColourSpec
-    blur: Triple
-    solarise: Triple
-
-
 # "histology" is our choice, in the spirit of Kang et al. 2023 ("Benchmarking self-supervised learning on diverse
-# pathology datasets", CVPR): tissue has no upright, and hue and fine texture carry the diagnosis. So all eight
-# orientations; about half the jitter and a fifth of the hue; half the blur, at most 1 px; little greyscale; no
-# solarisation, which gives colours that no stain has.
-PRESETS = {
-    "original": _Preset(
-        ColourSpec(0.4, 0.4, 0.2, 0.1, jitter=0.8, greyscale=0.2, rot90=False, vertical_flip=False),
-        blur=(1.0, 0.1, 0.5),
-        solarise=(0.0, 0.2, 0.0),
-    ),
-    "histology": _Preset(
-        ColourSpec(0.2, 0.2, 0.1, 0.02, 0.8, 0.05, rot90=True, vertical_flip=True, blur_sigma=(0.1, 1.0)),
-        blur=(0.5, 0.1, 0.25),
-        solarise=(0.0, 0.0, 0.0),
-    ),
+# pathology datasets", CVPR): tissue has no upright; hue and fine texture carry the diagnosis. So all eight
+# orientations; half the jitter, a fifth of the hue; half the blur, at most 1 px; little greyscale; no solarisation.
+COLOURS = {
+    "original": ColourSpec(0.4, 0.4, 0.2, 0.1, jitter=0.8, greyscale=0.2, rot90=False, vertical_flip=False),
+    "histology": ColourSpec(0.2, 0.2, 0.1, 0.02, 0.8, 0.05, rot90=True, vertical_flip=True, blur_sigma=(0.1, 1.0)),
 }
+# Probabilities of blur, then of solarisation, each for the first global view, other globals, locals.
+CHANCES = {"original": ((1.0, 0.1, 0.5), (0.0, 0.2, 0.0)), "histology": ((0.5, 0.1, 0.25), (0.0, 0.0, 0.0))}
 
 
 @dataclass(frozen=True, eq=False)
 class ViewParameters:
-    """Everything that is random in one view of a batch: small arrays on the host, one row per sample.
+    """All that is random in one view of a batch: small arrays on the host, one row per sample, shape (B,)."""
 
-    Attributes:
-        box: Crop as y0, x0, height, width, whole tile pixels, float64, shape (B, 4).
-        flip_h: Mirrored left to right, bool, shape (B,), as all below.
-        flip_v: Flipped upside down, bool.
-        quarter_turns: Anticlockwise turns of 90 degrees after the flips, int64, 0 to 3.
-        jitter: Whether the next four apply, bool.
-        brightness: Factor, float64.
-        contrast: Factor, float64.
-        saturation: Factor, float64.
-        hue: Shift in turns, float64.
-        greyscale: Whether it is grey, bool.
-        blur_sigma: Standard deviation, pixels of the view, float64; 0 is no blur.
-        solarise: Whether it is solarised, bool.
-    """
-
-    box: np.ndarray
-    flip_h: np.ndarray
-    flip_v: np.ndarray
-    quarter_turns: np.ndarray
-    jitter: np.ndarray
-    brightness: np.ndarray
-    contrast: np.ndarray
-    saturation: np.ndarray
-    hue: np.ndarray
-    greyscale: np.ndarray
-    blur_sigma: np.ndarray
-    solarise: np.ndarray
+    box: np.ndarray  # (B, 4) float64: y0, x0, height, width of the crop in whole tile pixels
+    flip_h: np.ndarray  # bool: mirrored left to right
+    flip_v: np.ndarray  # bool: flipped upside down
+    quarter_turns: np.ndarray  # int64, 0 to 3: anticlockwise, after the flips
+    jitter: np.ndarray  # bool: whether the next four apply
+    brightness: np.ndarray  # float64, factor
+    contrast: np.ndarray  # float64, factor
+    saturation: np.ndarray  # float64, factor
+    hue: np.ndarray  # float64, turns
+    greyscale: np.ndarray  # bool
+    blur_sigma: np.ndarray  # float64, pixels of the view; 0 is no blur
+    solarise: np.ndarray  # bool
 
     def digest(self) -> str:
-        """Sha256 over every field, for comparing what two ranks or two runs drew."""
+        """Sha256 over every field, to compare what two ranks or two runs drew."""
         total = hashlib.sha256()
-        for field in fields(self):
-            array = getattr(self, field.name)
-            little_endian = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-            total.update(f"{field.name} {array.dtype.name} {array.shape}".encode())
-            total.update(little_endian.tobytes())
+        for name, array in vars(self).items():
+            total.update(f"{name} {array.dtype.name} {array.shape}".encode())
+            total.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
         return total.hexdigest()
-
-    @staticmethod
-    def join(parts: "Sequence[ViewParameters]") -> "ViewParameters":
-        """Parameters of several batches, one after another."""
-        names = [field.name for field in fields(ViewParameters)]
-        return ViewParameters(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
     def take(self, rows: slice | np.ndarray) -> "ViewParameters":
         """The parameters of some samples."""
-        return ViewParameters(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        return ViewParameters(**{name: array[rows] for name, array in vars(self).items()})
+
+    @staticmethod
+    def join(parts: "Sequence[ViewParameters]") -> "ViewParameters":
+        """The parameters of several batches, one after another."""
+        return ViewParameters(**{n: np.concatenate([vars(part)[n] for part in parts]) for n in vars(parts[0])})
+
+
+def colour_spec(preset: str) -> ColourSpec:
+    """Colours of a preset; UsageError if there is none of that name."""
+    return _of_preset(COLOURS, preset)
 
 
 def view_specs(
@@ -194,82 +141,63 @@ def view_specs(
     local_scale: tuple[float, float],
     preset: str,
 ) -> tuple[ViewSpec, ...]:
-    """Specs of all views of a sample, globals first.
-
-    Args:
-        global_crops: Number of global views.
-        local_crops: Number of local views.
-        global_size: Side of a global view, pixels.
-        local_size: Side of a local view, pixels.
-        global_scale: Share of the tile's area in a global view, least and largest.
-        local_scale: The same for local views.
-        preset: A key of ``PRESETS``.
+    """All views of a sample, globals first: numbers of views, sides in pixels, least and largest shares of the area.
 
     Raises:
         UsageError: The preset is not known, or a number is out of range.
     """
-    found = _preset(preset)
     if global_crops < 0 or local_crops < 0 or global_crops + local_crops == 0:
         raise UsageError(f"{global_crops} global and {local_crops} local crops, need at least one view")
-    specs = []
-    for index in range(global_crops):
-        kind = min(index, 1)
-        chances = (found.blur[kind], found.solarise[kind])
-        specs.append(ViewSpec(f"global{index}", index, global_size, global_scale, *chances, is_global=True))
-    for index in range(local_crops):
-        stream, chances = LOCAL_STREAM + index, (found.blur[2], found.solarise[2])
-        specs.append(ViewSpec(f"local{index}", stream, local_size, local_scale, *chances, is_global=False))
-    return tuple(specs)
-
-
-def colour_spec(preset: str) -> ColourSpec:
-    """Colours of a preset.
-
-    Raises:
-        UsageError: The preset is not known.
-    """
-    return _preset(preset).colour
+    blur, solarise = _of_preset(CHANCES, preset)
+    return tuple(
+        ViewSpec(f"global{i}", i, global_size, global_scale, blur[i > 0], solarise[i > 0], is_global=True)
+        for i in range(global_crops)
+    ) + tuple(
+        ViewSpec(f"local{i}", LOCAL_STREAM + i, local_size, local_scale, blur[2], solarise[2], is_global=False)
+        for i in range(local_crops)
+    )
 
 
 def draw(
     spec: ViewSpec, colour: ColourSpec, seed: int, epochs: np.ndarray, ids: np.ndarray, tile_px: int
 ) -> ViewParameters:
-    """Random parameters of one view, a pure function of seed, view, epoch and sample.
+    """Random parameters of one view: a pure function of seed, view, epoch and sample.
 
     Crops follow torchvision's RandomResizedCrop: area uniform within ``spec.scale``, aspect ratio log-uniform in
     3/4 to 4/3, whole pixels. Where torchvision draws again if the box does not fit (10 times, then takes the
-    middle), the ratio is drawn from those that fit: for a given area the same distribution without a retry, and
+    middle), the ratio is drawn from those that fit: for a given area the same distribution, without a retry, and
     areas stay uniform where retrying would favour small ones.
 
     Args:
         spec: The view.
-        colour: Colours.
+        colour: Colours and orientations.
         seed: The run's seed.
         epochs: Pass over the data for each sample, int64, shape (B,).
-        ids: Identity of each sample, int64, shape (B,).
-        tile_px: Side of the tiles.
+        ids: Identity of each sample in the data set, int64, shape (B,).
+        tile_px: Side of the tiles, pixels.
     """
-    u = uniforms(seed, epochs, ids, spec.stream, _COLUMNS).T  # (16, B)
     # A column keeps its meaning for ever: a new use takes a new column, so that old runs can be repeated.
-    share = _between(u[0], *spec.scale)
-    log_limit = np.minimum(np.log(RATIO), -np.log(share))  # a box of this share fits up to ratio 1 / share
-    root = np.exp(_between(u[1], -log_limit, log_limit) / 2)  # sqrt(width / height)
+    u = uniforms(seed, epochs, ids, spec.stream, 16).T  # (16, B)
+    swing = 2 * u - 1  # the same numbers, in [-1, 1)
+    share = spec.scale[0] + u[0] * (spec.scale[1] - spec.scale[0])
+    log_limit = np.minimum(np.log(4 / 3), -np.log(share))  # a box of this share fits up to ratio 1 / share
+    root = np.exp(swing[1] * log_limit / 2)  # sqrt(width / height)
     side = tile_px * np.sqrt(share)
     height, width = (np.clip(np.round(length), 1, tile_px) for length in (side / root, side * root))
     y0, x0 = np.floor(u[2] * (tile_px - height + 1)), np.floor(u[3] * (tile_px - width + 1))
-    quarter_turns = (u[6] * 4).astype(np.int64) if colour.rot90 else np.zeros(len(ids), dtype=np.int64)
+    sigma = colour.blur_sigma[0] + u[14] * (colour.blur_sigma[1] - colour.blur_sigma[0])
     return ViewParameters(
         box=np.stack([y0, x0, height, width], axis=1),
         flip_h=u[4] < 0.5,
         flip_v=(u[5] < 0.5) & colour.vertical_flip,
-        quarter_turns=quarter_turns,
+        quarter_turns=(u[6] * 4).astype(np.int64) * colour.rot90,
         jitter=u[7] < colour.jitter,
-        brightness=_between(u[8], 1 - colour.brightness, 1 + colour.brightness),
-        contrast=_between(u[9], 1 - colour.contrast, 1 + colour.contrast),
-        saturation=_between(u[10], 1 - colour.saturation, 1 + colour.saturation),
-        hue=_between(u[11], -colour.hue, colour.hue),
+        brightness=1 + colour.brightness * swing[8],
+        contrast=1 + colour.contrast * swing[9],
+        saturation=1 + colour.saturation * swing[10],
+        hue=colour.hue * swing[11],
         greyscale=u[12] < colour.greyscale,
-        blur_sigma=np.where(u[13] < spec.blur, _between(u[14], *colour.blur_sigma), 0.0),
+        blur_sigma=np.where(u[13] < spec.blur, sigma, 0.0),
         solarise=u[15] < spec.solarise,
     )
 
@@ -285,9 +213,9 @@ def make_views(
     std: Triple,
     dtype: torch.dtype = torch.float32,
 ) -> list[torch.Tensor]:
-    """All views of a batch, each (B, 3, size, size), in the order of ``specs``; see `draw` and `render`."""
-    drawn = [draw(spec, colour, seed, epochs, ids, tiles.shape[1]) for spec in specs]
-    return _render_all(tiles, drawn, [spec.size for spec in specs], mean, std, dtype)
+    """All views of a batch, in the order of ``specs``, each (B, 3, size, size); see `draw` and `render`."""
+    drawn = [(spec.size, draw(spec, colour, seed, epochs, ids, tiles.shape[1])) for spec in specs]
+    return _render_all(tiles, drawn, mean, std, dtype)
 
 
 def render(
@@ -298,34 +226,47 @@ def render(
     std: Triple,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Pixels of one view."""
-    return _render_all(tiles, [params], [spec.size], mean, std, dtype)[0]
+    """Pixels of one view.
+
+    Computed in float32 (float64 for that dtype), whatever autocast or TF32 settings are on, and cast at the end.
+
+    Args:
+        tiles: Tiles, uint8, shape (B, px, px, 3), on any device.
+        params: Parameters of these samples, in this order.
+        spec: The view.
+        mean: Channel means to subtract from pixels in [0, 1].
+        std: Channel standard deviations to divide by.
+        dtype: Of the result.
+
+    Returns:
+        Shape (B, 3, size, size), on the tiles' device.
+    """
+    return _render_all(tiles, [(spec.size, params)], mean, std, dtype)[0]
 
 
 @torch.no_grad()
 def _render_all(
-    tiles: torch.Tensor,
-    drawn: Sequence[ViewParameters],
-    sizes: Sequence[int],
-    mean: Triple,
-    std: Triple,
-    dtype: torch.dtype,
+    tiles: torch.Tensor, drawn: Sequence[Drawn], mean: Triple, std: Triple, dtype: torch.dtype
 ) -> list[torch.Tensor]:
-    """Views of a batch, those of one size together."""
+    """Views of a batch: those of one size together; on a CPU, some tiles at a time, elsewhere all at once."""
     batch, px = tiles.shape[:2]
+    if tiles.dtype != torch.uint8 or tiles.shape != (batch, px, px, 3):
+        raise ValueError(f"tiles are {tiles.dtype} of {tuple(tiles.shape)}, must be uint8 of (B, px, px, 3)")
+    if any(len(params.box) != batch for _, params in drawn):
+        raise ValueError(f"{batch} tiles but parameters of {[len(params.box) for _, params in drawn]} samples")
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    views = [torch.empty(batch, 3, size, size, dtype=dtype, device=tiles.device) for size in sizes]
-    groups = {size: [i for i, other in enumerate(sizes) if other == size] for size in sizes}
-    largest = max(px**2, *(len(members) * size**2 for size, members in groups.items()))
-    step = max(1, CPU_VALUES // (3 * largest)) if tiles.device.type == "cpu" else batch
+    views = [torch.empty(batch, 3, size, size, dtype=dtype, device=tiles.device) for size, _ in drawn]
+    groups = {size: [i for i, (other, _) in enumerate(drawn) if other == size] for size, _ in drawn}
+    most = 3 * max(px**2, *(len(members) * size**2 for size, members in groups.items()))  # values per tile
+    step = max(1, CPU_VALUES // most if tiles.device.type == "cpu" else batch)
     with torch.autocast(tiles.device.type, enabled=False):
         for start in range(0, batch, step):
             rows = slice(start, start + step)
             planes = tiles[rows].to(work).permute(0, 3, 1, 2)  # (b, 3, px, px), channels last in memory
             for size, members in groups.items():
-                params = [drawn[i].take(rows) for i in members]
+                params = [drawn[i][1].take(rows) for i in members]
                 x = torch.cat([_crop(planes, one, size) for one in params])  # (views * b, 3, size, size)
-                x = _colour(x, ViewParameters.join(params))
+                x = _recolour(x, ViewParameters.join(params))
                 for channel in range(3):
                     x[:, channel].sub_(mean[channel]).div_(std[channel])
                 for i, part in zip(members, x.chunk(len(members)), strict=True):
@@ -333,55 +274,49 @@ def _render_all(
     return views
 
 
-def _colour(x: torch.Tensor, params: ViewParameters) -> torch.Tensor:
-    """Jitter to solarisation, in place where it can be: (B, 3, h, w) in [0, 1]."""
-    x = _where(params.jitter, x, lambda part, rows: _jitter(part, params.take(rows)))
-    x = _where(params.greyscale, x, lambda part, _: part.copy_(_grey(part)))
-    x = _where(params.blur_sigma > 0, x, lambda part, rows: _blur(part, params.blur_sigma[rows]))
-    x = _where(params.solarise, x, lambda part, _: torch.minimum(part, 1 - part))  # threshold 0.5
-    return x.clamp_(0, 1)
-
-
 def _crop(planes: torch.Tensor, params: ViewParameters, size: int) -> torch.Tensor:
-    """Crop, flips, turn and resize in one bilinear sampling: uint8 (B, px, px, 3) -> (B, 3, size, size).
+    """Crop, flips, turn and resize in one bilinear sampling: (B, 3, px, px) of 0..255 -> (B, 3, size, size) of 0..1.
 
     Sampling points are clamped to the centres of the box's outer pixels, which is what cropping first and repeating
-    the edge would give: no pixel outside the box is mixed in. They form a lattice parallel to the axes, so each
-    coordinate is made along one line of the view; a matrix product per pixel would lose digits under TF32.
+    the edge would give: no pixel outside the box is mixed in. The points form a lattice parallel to the axes, so
+    coordinates are made line by line; a matrix product per pixel would be slower and lose digits under TF32.
     """
-    px, device, dtype = planes.shape[2], planes.device, planes.dtype
-    lines = torch.arange(size, device=device, dtype=dtype)
-    first, step, low, high = _send(_lattice(params, size, px), device, dtype)[..., None]  # (2, B, 2, 1)
-    along_rows, along_columns = torch.clamp(first + step * lines, low, high)  # (B, 2, size) each
-    grid = along_rows[..., :, None] + along_columns[..., None, :]  # (B, 2, size, size) as x, y in [-1, 1]
-    x = functional.grid_sample(
-        planes, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="border", align_corners=False
-    )
+    first, step, low, high = _send(_lattice(params, size, planes.shape[2]), planes.device, planes.dtype)[..., None]
+    index = torch.arange(size, device=planes.device, dtype=planes.dtype)
+    along_rows, along_columns = torch.clamp(first + step * index, low, high)  # (B, 2, size) each
+    grid = along_rows[..., :, None] + along_columns[..., None, :]  # (B, 2, size, size): x, y
+    x = functional.grid_sample(planes, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
     return x.mul_(1 / 255)
 
 
 def _lattice(params: ViewParameters, size: int, px: int) -> np.ndarray:
-    """Where views are sampled: coordinate = clamp(first + step * index, low, high), in grid_sample's units.
+    """Where views are sampled: four numbers of clamp(first + step * index, low, high), in units of grid_sample.
 
-    Returns:
-        float64, shape (4, 2, B, 2): the four numbers, for the view's row and column index, for x and y of the
-        tile. The index that a coordinate does not follow has zeros.
+    The shape is (4, 2, B, 2): these four, by row and by column index of the view, for x and y of the tile. Either
+    coordinate follows one of the two indices and has zeros for the other.
     """
     turns = params.quarter_turns
     out = np.zeros((4, 2, len(turns), 2))
-    # A view is rot90(flip(crop), turns): an odd turn swaps the axes; which way each then runs is worked out here.
+    # A view is rot90(flip(crop), turns): odd turns swap the axes, and x or y may run backwards.
     backwards_x = params.flip_h ^ ((turns == 1) | (turns == 2))
     backwards_y = params.flip_v ^ ((turns == 2) | (turns == 3))
-    samples = np.arange(len(turns))
     for axis, backwards, index in ((0, backwards_x, 1 - turns % 2), (1, backwards_y, turns % 2)):
         start, length = params.box[:, 1 - axis], params.box[:, 3 - axis]  # tile pixels
-        stride = length / size
-        near, far = start + stride / 2 - 0.5, start + length - stride / 2 - 0.5
-        out[0, index, samples, axis] = (2 * np.where(backwards, far, near) + 1) / px - 1
-        out[1, index, samples, axis] = 2 * np.where(backwards, -stride, stride) / px
-        out[2, index, samples, axis] = (2 * start + 1) / px - 1
-        out[3, index, samples, axis] = (2 * (start + length) - 1) / px - 1
+        step = np.where(backwards, -length, length) / size
+        first = np.where(backwards, start + length, start) + step / 2  # from the box's edge; centres end in .5 here
+        numbers = np.stack([first, step, start + 0.5, start + length - 0.5]) * 2 / px
+        numbers[[0, 2, 3]] -= 1
+        out[:, index, np.arange(len(turns)), axis] = numbers
     return out
+
+
+def _recolour(x: torch.Tensor, params: ViewParameters) -> torch.Tensor:
+    """Jitter, greyscale, blur, solarise, in place where it can be: (B, 3, h, w) in [0, 1]."""
+    x = _on_rows(params.jitter, x, lambda part, rows: _jitter(part, params.take(rows)))
+    x = _on_rows(params.greyscale, x, lambda part, _: part.copy_(_grey(part)))
+    x = _on_rows(params.blur_sigma > 0, x, lambda part, rows: _blur(part, params.blur_sigma[rows]))
+    x = _on_rows(params.solarise, x, lambda part, _: torch.minimum(part, 1 - part))  # 1 - x from 0.5 up
+    return x.clamp_(0, 1)
 
 
 def _jitter(x: torch.Tensor, params: ViewParameters) -> torch.Tensor:
@@ -397,41 +332,42 @@ def _jitter(x: torch.Tensor, params: ViewParameters) -> torch.Tensor:
 
 
 def _shift_hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Shift the hue in HSV, value and saturation kept, in place: (n, 3, h, w) by (n, 1, 1, 1) turns.
+    """Shift the hue of HSV, keeping value and saturation, in place: (n, 3, h, w) by (n, 1, 1, 1) turns.
 
-    Without sectors or branches, which cost more than all else here. With p' = (p - min) / (max - min) for a channel
-    p, u = g' + b' - r' + 1 is the hue in sixths of a turn away from red, on the green side where g >= b and on the
-    blue side elsewhere. Back again, r' = clamp(|h - 3| - 1), g' = clamp(2 - |h - 2|), b' = clamp(2 - |h - 4|),
-    all to [0, 1], for a hue h in [0, 6).
+    Without branches, which cost more than all else here. Let p' = (p - min) / (max - min). Then g' + b' - r' + 1 is
+    the hue's distance from red in sixths of a turn, towards green if g >= b, else towards blue. And back, for a hue
+    h in [0, 6): r' = clamp(|h - 3|, 1, 2) - 1, g' = 2 - clamp(|h - 2|, 1, 2), b' = 2 - clamp(|h - 4|, 1, 2).
     """
-    red, green, blue = (x[:, channel : channel + 1] for channel in range(3))  # (n, 1, h, w), views of x
+    red, green, blue = x.chunk(3, dim=1)  # views of x, (n, 1, h, w)
     low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
     chroma = high.sub_(low)
-    hue = (green + blue).sub_(red).sub_(low)
-    hue.div_(chroma.clamp_min(1e-12)).add_(1)
-    side = (green - blue).mul_(1e30).add_(1).clamp_(-1, 1)  # 1 where g >= b, else -1
-    hue.mul_(side).mul_(1 / 6).add_(turns + 2).frac_().mul_(6)
+    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)
+    towards = (green - blue).mul_(1e30).add_(1).clamp_(-1, 1)  # 1 if g >= b, else -1
+    hue.mul_(towards).mul_(1 / 6).add_(turns + 2).frac_().mul_(6)
     for channel, centre, sign in ((red, 3, 1), (green, 2, -1), (blue, 4, -1)):
         ramp = (hue - centre).abs_().clamp_(1, 2)
-        base = low - chroma if sign > 0 else low + 2 * chroma
+        base = low - chroma if sign == 1 else low + 2 * chroma
         torch.addcmul(base, chroma, ramp, value=sign, out=channel)
     return x
 
 
 def _grey(x: torch.Tensor) -> torch.Tensor:
-    """Luma: (n, 3, h, w) -> (n, 1, h, w)."""
-    red, green, blue = (x[:, channel : channel + 1] for channel in range(3))
-    return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
+    """ITU-R 601 luma, as torchvision rounds it: (n, 3, h, w) -> (n, 1, h, w)."""
+    red, green, blue = x.chunk(3, dim=1)
+    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def _blur(x: torch.Tensor, sigma: np.ndarray) -> torch.Tensor:
-    """Gaussian blur, edges reflected, one standard deviation per sample: (n, 3, h, w)."""
+    """Gaussian blur cut at three sigma, edges reflected, one sigma per sample: (n, 3, h, w).
+
+    A sum of shifted copies: a grouped convolution is no faster on a CPU, and may be rounded to TF32 on a GPU.
+    """
     height, width = x.shape[2:]
-    reach = np.ceil(3 * sigma)  # of each sample by itself, whatever else is in the batch
+    reach = np.ceil(3 * sigma)  # each sample's own, whatever else is in the batch
     radius = int(reach.max())
     offsets = np.arange(-radius, radius + 1)[:, None]
     weights = np.exp(-0.5 * (offsets / sigma) ** 2) * (np.abs(offsets) <= reach)
-    taps = _send(weights / weights.sum(axis=0), x.device, x.dtype)[..., None, None, None]  # (2 radius + 1, n, 1, 1, 1)
+    taps = _send(weights / weights.sum(axis=0), x.device, x.dtype)[..., None, None, None]  # (taps, n, 1, 1, 1)
     padded = functional.pad(x, (radius,) * 4, mode="reflect")
     across = padded[..., :width] * taps[0]
     for k in range(1, len(taps)):
@@ -442,15 +378,11 @@ def _blur(x: torch.Tensor, sigma: np.ndarray) -> torch.Tensor:
     return down
 
 
-def _where(
-    chosen: np.ndarray, x: torch.Tensor, change: Callable[[torch.Tensor, np.ndarray], torch.Tensor]
-) -> torch.Tensor:
-    """Apply a change to the chosen samples only; `change` gets them and their rows in x."""
+def _on_rows(chosen: np.ndarray, x: torch.Tensor, change: Change) -> torch.Tensor:
+    """Change the chosen samples of x; ``change`` is given them and their rows."""
     rows = np.flatnonzero(chosen)
-    if len(rows) == 0:
-        return x
-    if len(rows) == len(x):
-        return change(x, rows)
+    if len(rows) in (0, len(x)):
+        return change(x, rows) if len(rows) else x
     index = _send(rows, x.device, torch.int64)
     return x.index_copy_(0, index, change(x.index_select(0, index), rows))
 
@@ -461,12 +393,7 @@ def _send(array: np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _between(u: np.ndarray, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:
-    """Uniform numbers in [0, 1) stretched to [low, high)."""
-    return low + u * (high - low)
-
-
-def _preset(name: str) -> _Preset:
-    if name not in PRESETS:
-        raise UsageError(f"augmentation preset {name!r} is not one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+def _of_preset[T](table: dict[str, T], name: str) -> T:
+    if name not in table:
+        raise UsageError(f"augmentation preset {name!r} is not one of {', '.join(table)}")
+    return table[name]

@@ -65,9 +65,7 @@ class FitConfig:
         try:
             kind = torch.device(self.device).type
         except RuntimeError:
-            raise UsageError(
-                f"device {self.device!r}", where="fit", do="give cpu, cuda, cuda:N or mps"
-            ) from None
+            raise UsageError(f"device {self.device!r}", where="fit", do="give cpu, cuda, cuda:N or mps") from None
         available: dict[str, Callable[[], bool]] = {
             "cuda": torch.cuda.is_available,
             "mps": torch.backends.mps.is_available,
@@ -153,8 +151,10 @@ def fit_classifier(
         split: Rows of ``features`` per part; the test part is not looked at.
         classes: Number of classes C; train may lack some.
         config: How to train.
-        class_weights: Weigh rows by the inverse frequency of their class in train, in both losses. The
-            weights of the classes in train have mean 1; a class that train lacks has weight 0.
+        class_weights: Weigh rows by the inverse frequency of their class in train, in both losses; the
+            weights of the classes in train have mean 1. A class that train lacks has weight 0 in any case:
+            it cannot be learnt, and its val rows would favour the least trained epoch. It does count in the
+            accuracies.
         progress: Called after each epoch with (epoch, epochs, that epoch's record).
         decoder: Makes the network from (D, C).
 
@@ -166,7 +166,7 @@ def fit_classifier(
             are empty or share no class, or a loss that is no longer finite.
     """
     _check(features, label, split, classes)
-    weight = _class_weights(label[split.train], classes) if class_weights else torch.ones(classes)
+    weight = _class_weights(label[split.train], classes, class_weights)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         model = classifier(features.shape[1], classes, decoder)
@@ -315,13 +315,9 @@ def _check(features: np.ndarray, label: np.ndarray, split: Split, classes: int) 
             )
     learnt = np.unique(label[split.train])
     if len(learnt) < 2:
-        raise EvaluationError(
-            f"the train part has only class {learnt[0]}", do="label slides of another class"
-        )
+        raise EvaluationError(f"the train part has only class {learnt[0]}", do="label slides of another class")
     if not np.isin(label[split.val], learnt).any():
-        raise EvaluationError(
-            "no class of the val part is in the train part", do="label more slides of each class"
-        )
+        raise EvaluationError("no class of the val part is in the train part", do="label more slides of each class")
     _check_finite(features, np.concatenate((split.train, split.val)))
 
 
@@ -344,8 +340,8 @@ def _statistics(features: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, t
     return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(std.astype(np.float32))
 
 
-def _class_weights(label: np.ndarray, classes: int) -> torch.Tensor:
-    """Inverse frequencies, mean 1 over the classes present, 0 for the others: float32, shape (C,)."""
+def _class_weights(label: np.ndarray, classes: int, balanced: bool) -> torch.Tensor:
+    """Inverse frequencies, mean 1 over the classes present, or 1; 0 for the others: float32, shape (C,)."""
     counts = np.bincount(label.astype(np.int64), minlength=classes)
-    inverse = np.divide(1.0, counts, out=np.zeros(classes), where=counts > 0)
-    return torch.from_numpy((inverse / inverse[counts > 0].mean()).astype(np.float32))
+    weight = np.divide(1.0, counts if balanced else 1.0, out=np.zeros(classes), where=counts > 0)
+    return torch.from_numpy((weight / weight[counts > 0].mean()).astype(np.float32))

@@ -9,9 +9,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from tiling.errors import EvaluationError
 
 
-def classification(
-    y_true: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]
-) -> dict[str, Any]:
+def classification(y_true: np.ndarray, probabilities: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
     """Judge class probabilities by their highest entry (the first of equals).
 
     Args:
@@ -33,24 +31,7 @@ def classification(
             not finite.
     """
     classes = len(class_names)
-    if probabilities.shape != (len(y_true), classes) or y_true.ndim != 1:
-        raise EvaluationError(
-            f"probabilities {probabilities.shape} for labels {y_true.shape} and {classes} class names",
-            do="pass one row per label and one column per class name",
-        )
-    if not len(y_true):
-        raise EvaluationError("no rows to judge", do="check the labels and the split")
-    outside = (y_true < 0) | (y_true >= classes)
-    if outside.any():
-        raise EvaluationError(
-            f"label {y_true[outside][0]} outside the {classes} classes", do="check the class names and labels"
-        )
-    bad_rows = int((~np.isfinite(probabilities).all(axis=1)).sum())
-    if bad_rows:
-        raise EvaluationError(
-            f"probabilities that are not finite in {bad_rows} of {len(y_true)} rows",
-            do="check the decoder's training loss and the features",
-        )
+    _check(y_true, probabilities, classes)
     predicted = probabilities.argmax(axis=1)
     labels = np.arange(classes)
     confusion = confusion_matrix(y_true, predicted, labels=labels)  # (C, C)
@@ -76,6 +57,27 @@ def classification(
         "per_class": per_class,
         "absent": [name for index, name in enumerate(class_names) if not support[index]],
     }
+
+
+def _check(y_true: np.ndarray, probabilities: np.ndarray, classes: int) -> None:
+    if probabilities.shape != (len(y_true), classes) or y_true.ndim != 1:
+        raise EvaluationError(
+            f"probabilities {probabilities.shape} for labels {y_true.shape} and {classes} class names",
+            do="pass one row per label and one column per class name",
+        )
+    if not len(y_true):
+        raise EvaluationError("no rows to judge", do="check the labels and the split")
+    outside = (y_true < 0) | (y_true >= classes)
+    if outside.any():
+        raise EvaluationError(
+            f"label {y_true[outside][0]} outside the {classes} classes", do="check the class names and labels"
+        )
+    bad_rows = int((~np.isfinite(probabilities).all(axis=1)).sum())
+    if bad_rows:
+        raise EvaluationError(
+            f"probabilities that are not finite in {bad_rows} of {len(y_true)} rows",
+            do="check the decoder's training loss and the features",
+        )
 
 
 def _number(value: float) -> float | None:

@@ -95,9 +95,7 @@ def split_by_slide(
     """
     _check_shares(shares, seed)
     if slide.shape != label.shape:
-        raise EvaluationError(
-            f"{slide.shape} slide numbers for {label.shape} labels", do="pass one of each per row"
-        )
+        raise EvaluationError(f"{slide.shape} slide numbers for {label.shape} labels", do="pass one of each per row")
     _check_labels(label)
     slides, classes = slide_classes(slide, label)
     if len(slides) < len(PARTS):
@@ -149,9 +147,7 @@ def split_by_tile(
     _check_shares(shares, seed)
     _check_labels(label)
     if len(label) < len(PARTS):
-        raise EvaluationError(
-            f"{len(label)} labelled row(s); a split needs at least 3", do="label more tiles"
-        )
+        raise EvaluationError(f"{len(label)} labelled row(s); a split needs at least 3", do="label more tiles")
     part_of_row = np.empty(len(label), np.int64)
     part_of_row[_order(len(label), seed)] = np.repeat(np.arange(3), _quota(len(label), shares))
     flattering = (
@@ -176,9 +172,7 @@ def _check_shares(shares: Sequence[float], seed: int) -> None:
 
 def _check_labels(label: np.ndarray) -> None:
     if not np.issubdtype(label.dtype, np.integer) or label.ndim != 1:
-        raise EvaluationError(
-            f"labels of type {label.dtype} and shape {label.shape}", do="pass one int per row"
-        )
+        raise EvaluationError(f"labels of type {label.dtype} and shape {label.shape}", do="pass one int per row")
     negative = int((label < 0).sum())
     if negative:
         raise EvaluationError(f"{negative} of {len(label)} labels below 0", do="leave unlabelled rows out")

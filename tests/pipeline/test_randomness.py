@@ -37,9 +37,7 @@ def test_numbers_are_pinned() -> None:
     assert derive_seed(1, 2, 3) == 4497040447297661170
 
 
-@given(
-    any_int64, any_int64, st.lists(any_int64, min_size=1, max_size=8), any_int64, st.integers(1, 9), st.data()
-)
+@given(any_int64, any_int64, st.lists(any_int64, min_size=1, max_size=8), any_int64, st.integers(1, 9), st.data())
 def test_a_row_depends_on_its_own_sample_only(
     seed: int, epoch: int, ids: list[int], stream: int, n: int, data: st.DataObject
 ) -> None:

@@ -1,0 +1,55 @@
+"""Argument parsing for all commands: errors are one line and exit code 2."""
+
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Sequence
+from typing import NoReturn
+
+from jsonargparse import ArgumentParser as ConfigParser
+
+from pipeline.config import PretrainConfig
+from tiling.errors import UsageError
+
+
+class OneLineParser(ArgumentParser):
+    """argparse whose errors are UsageErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the whole usage."""
+        raise UsageError(message, do=f"see `{self.prog} --help`")
+
+
+def command_parser(name: str, description: str) -> OneLineParser:
+    """Parser of one subcommand."""
+    return OneLineParser(
+        prog=f"bony {name}", description=description, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+
+
+def pretrain_config(words: Sequence[str]) -> PretrainConfig:
+    """A PretrainConfig from ``--config FILE`` and dotted overrides that follow it.
+
+    Raises:
+        UsageError: An unknown key, a value of the wrong type or out of range, or an override before ``--config``,
+            which the file would silently win over.
+    """
+    parser = ConfigParser(
+        prog="bony pretrain",
+        description="Pretrain an encoder on a TileStore. Under torchrun: torchrun -m pipeline.pretrain, same options.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file; keys as below, nested")
+    parser.add_class_arguments(PretrainConfig)
+    flags = [word.split("=")[0] for word in words if word.startswith("--")]
+    if "--config" in flags[1:]:
+        raise UsageError(f"{flags[0]} stands before --config, which would win over it", do="put --config first")
+    try:
+        values = parser.parse_args(list(words))
+        built = parser.instantiate_classes(values)
+    except UsageError:
+        raise
+    except Exception as error:
+        # jsonargparse raises argparse, yaml, type and value errors of its own, all about what the user wrote.
+        text = " ".join(str(error).split())
+        raise UsageError(text, do="see `bony pretrain --help`") from error
+    fields = {name: built[name] for name in PretrainConfig.__dataclass_fields__}
+    return PretrainConfig(**fields)
