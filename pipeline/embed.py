@@ -77,6 +77,7 @@ def _describe(encoder: FrozenEncoder, store: TileStore, device: torch.device, an
         encoder=encoder.name,
         encoder_sha256=encoder.sha256,
         store_fingerprint=store.fingerprint,
+        encoder_store_fingerprint=encoder.store_fingerprint,
         taps={tap: int(values.shape[1]) for tap, values in taps.items()},
         mean=encoder.mean,
         std=encoder.std,

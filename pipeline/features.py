@@ -30,6 +30,7 @@ class FeatureDescription:
         encoder: Architecture.
         encoder_sha256: Identity of the weights.
         store_fingerprint: Identity of the TileStore's content.
+        encoder_store_fingerprint: Identity of the store the encoder was pretrained on.
         taps: Width of each tap.
         mean: Normalisation that was used.
         std: Normalisation that was used.
@@ -41,6 +42,7 @@ class FeatureDescription:
     encoder: str
     encoder_sha256: str
     store_fingerprint: str
+    encoder_store_fingerprint: str
     taps: dict[str, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]

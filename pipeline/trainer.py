@@ -12,8 +12,7 @@ from pipeline.config import PretrainConfig
 from pipeline.data.augment import colour_spec, make_views
 from pipeline.data.loader import Batch
 from pipeline.data.randomness import derive_seed
-from pipeline.methods import Method
-from pipeline.methods.protocol import parameter_groups
+from pipeline.methods.protocol import Method, parameter_groups
 from pipeline.runtime import Runtime, autocast
 from pipeline.schedules import cosine, effective_lr
 from tiling.errors import BonyError
@@ -54,7 +53,7 @@ def clip_gradients(parameters: Iterator[nn.Parameter], limit: float, mode: str) 
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
-    total = norms.norm()
+    total: torch.Tensor = norms.norm()
     if limit > 0:
         factors = (limit / ((norms if mode == "per_param" else total.expand(len(norms))) + 1e-6)).clamp(max=1)
         torch._foreach_mul_(gradients, list(factors.unbind()))
@@ -107,7 +106,7 @@ class Trainer:
             with self._sync(last=micro == accumulate - 1):
                 with autocast(self.runtime.device, self.config.train.precision):
                     loss, more = self.method.loss(self.wrapped, self.views(batch))
-                (loss / accumulate).backward()
+                torch.autograd.backward(loss / accumulate)
             for name, value in {"loss": loss.detach(), **more}.items():
                 figures[name] = figures.get(name, 0) + value / accumulate
         self._require_finite(figures["loss"], step, seen)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,9 @@ def building(final: Path, work: Path) -> Iterator[Path]:
     """
     temporary = work / f"{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    while not temporary.is_dir():
+        with suppress(FileNotFoundError):  # another writer has just removed the empty ``work``
+            temporary.mkdir(parents=True)
     try:
         yield temporary
         seal(temporary)
@@ -126,6 +128,8 @@ def building(final: Path, work: Path) -> Iterator[Path]:
         fsync_folder(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # another writer may still be at work in it
+            work.rmdir()
 
 
 def set_aside(folder: Path, work: Path) -> Path:

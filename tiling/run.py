@@ -18,7 +18,7 @@ from tiling.errors import BonyError, UsageError
 from tiling.index import build_index, slide_folders
 from tiling.progress import progress, say
 from tiling.settings import TileSettings
-from tiling.store import DESCRIPTION, WORK, Description, prepare
+from tiling.store import DESCRIPTION, Description, prepare
 from tiling.write import Outcome, write_source
 
 QUARANTINE = "quarantine.jsonl"
@@ -75,15 +75,8 @@ def tile(dataset: Dataset, store: Path, settings: TileSettings, workers: int = 1
         shutil.rmtree(store)
         raise BonyError(f"no slide could be tiled; the first one: {outcomes[0].problem}", do="no store was left")
     _record_quarantine(store, outcomes)
-    shutil.rmtree(store / WORK) if not _leftovers(store) else None
     build_index(store)
     return Summary(store, tuple(outcomes), time.monotonic() - start)
-
-
-def _leftovers(store: Path) -> list[Path]:
-    """Broken folders that were set aside; they are kept for whoever wants to know why."""
-    work = store / WORK
-    return list(work.iterdir()) if work.is_dir() else [work]
 
 
 def _outcomes(dataset: Dataset, store: Path, settings: TileSettings, workers: int) -> Iterator[Outcome]:

@@ -36,6 +36,7 @@ def pretrain_config(words: Sequence[str]) -> PretrainConfig:
         prog="bony pretrain",
         description="Pretrain an encoder on a TileStore. Under torchrun: torchrun -m pipeline.pretrain, same options.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file; keys as below, nested")
     parser.add_class_arguments(PretrainConfig)
@@ -44,7 +45,7 @@ def pretrain_config(words: Sequence[str]) -> PretrainConfig:
         raise UsageError(f"{flags[0]} stands before --config, which would win over it", do="put --config first")
     try:
         values = parser.parse_args(list(words))
-        built = parser.instantiate_classes(values)
+        built = parser.instantiate(values)
     except UsageError:
         raise
     except Exception as error:

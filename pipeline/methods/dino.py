@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.layers.drop import DropPath
 from torch import nn
 
 from pipeline.config import PretrainConfig
 from pipeline.data.augment import ViewSpec, view_specs
 from pipeline.methods.protocol import grouped_by_size
-from pipeline.models.encoders import build_encoder
+from pipeline.models.encoders import build_encoder, width
 from pipeline.models.heads import DinoHead
 from pipeline.runtime import Runtime
 from pipeline.schedules import cosine
@@ -31,7 +32,9 @@ class Projector(nn.Module):
 
     def forward(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
         """V views (B, 3, S, S), those of one size next to each other -> (V * B, K), in the views' order."""
-        return self.head(torch.cat([self.backbone(batch) for batch in grouped_by_size(views)]))
+        features = torch.cat([self.backbone(batch) for batch in grouped_by_size(views)])
+        logits: torch.Tensor = self.head(features)
+        return logits
 
 
 def paired(names_t: Sequence[str], names_s: Sequence[str]) -> list[tuple[int, int]]:
@@ -93,11 +96,12 @@ class Dino:
         self._pairs = paired(self._teacher_names, self._student_names)
         self.views: tuple[ViewSpec, ...] = specs
         backbone = build_encoder(model.name, model.drop_path)
-        head = DinoHead(int(backbone.num_features), method.out_dim, method.hidden_dim, method.bottleneck_dim)
-        self.student = Projector(backbone, head).to(device)
+        head = DinoHead(width(backbone), method.out_dim, method.hidden_dim, method.bottleneck_dim)
+        self.student: nn.Module = Projector(backbone, head).to(device)
+        self._prototypes = head.last_layer
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for part in self.teacher.modules():
-            if hasattr(part, "drop_prob"):
+            if isinstance(part, DropPath):
                 part.drop_prob = 0.0
         # The teacher stays in train mode: its BatchNorm statistics come from its own global views, as in the
         # original; the student's come from local ones and must not be averaged into it.
@@ -118,8 +122,8 @@ class Dino:
             self._count += len(teacher)
         out = wide(student([named[name] for name in self._student_names]))
         loss, entropy = dino_loss(
-            teacher.unflatten(0, (-1, batch)),
-            out.unflatten(0, (-1, batch)),
+            teacher.view(-1, batch, teacher.shape[-1]),
+            out.view(-1, batch, out.shape[-1]),
             self._pairs,
             self.centre,
             self._method.teacher_temp,
@@ -136,14 +140,15 @@ class Dino:
     def before_update(self, epoch: float) -> None:
         """Drop the prototypes' gradients while they are frozen."""
         if epoch < self._method.freeze_last_layer_epochs:
-            for parameter in self.student.head.last_layer.parameters():
+            for parameter in self._prototypes.parameters():
                 parameter.grad = None
 
     @torch.no_grad()
     def after_update(self, step: int, steps: int, runtime: Runtime) -> None:
         """One EMA of the teacher's parameters and one of the centre, over all micro-batches and ranks."""
         momentum = cosine(step, steps, self._method.ema_start, self._method.ema_end)
-        old, new = list(self.teacher.parameters()), list(self.student.parameters())
+        old: list[torch.Tensor] = list(self.teacher.parameters())
+        new: list[torch.Tensor] = list(self.student.parameters())
         torch._foreach_lerp_(old, new, 1 - momentum)
         mean = runtime.sum(self._sum) / (self._count * runtime.world)
         self.centre.lerp_(mean, 1 - self._method.centre_momentum)

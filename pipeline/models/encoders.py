@@ -1,6 +1,7 @@
 """Encoders by name, from timm; weights never come from the network."""
 
 import difflib
+from typing import Any
 
 import timm
 from torch import nn
@@ -25,6 +26,11 @@ def build_encoder(name: str, drop_path: float = 0.0) -> nn.Module:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"close ones: {', '.join(near)}" if near else f"choose a timm model of {', '.join(FAMILIES)}"
         raise UsageError(f"model.name is {name!r}, no XCiT or ViT of timm has that name", do=hint)
-    extra = {"dynamic_img_size": True} if name.startswith("vit_") else {}
-    encoder = timm.create_model(name, pretrained=False, num_classes=0, drop_path_rate=drop_path, **extra)
+    extra: dict[str, Any] = {"dynamic_img_size": True} if name.startswith("vit_") else {}
+    encoder: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, drop_path_rate=drop_path, **extra)
     return synchronise(encoder)
+
+
+def width(encoder: nn.Module) -> int:
+    """Number of features that an encoder gives per image."""
+    return int(encoder.num_features)  # type: ignore[arg-type]  # timm sets it on every model

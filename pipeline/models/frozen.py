@@ -1,4 +1,4 @@
-"""A frozen encoder by one contract: uint8 tiles in, features out, with the normalisation and scale it was trained at."""
+"""A frozen encoder by one contract: uint8 tiles in, features out, with its own normalisation and scale."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline import checkpoint
-from pipeline.models.encoders import build_encoder
+from pipeline.models.encoders import build_encoder, width
 from pipeline.models.heads import DinoHead
 from tiling import atomic
 from tiling.errors import CheckpointError, UsageError
@@ -28,6 +28,7 @@ class FrozenEncoder:
         std: Per-channel standard deviation.
         mpp: um/px it was trained at.
         sha256: Identity of the weights.
+        store_fingerprint: Identity of the store it was pretrained on.
     """
 
     name: str
@@ -37,6 +38,7 @@ class FrozenEncoder:
     std: Triple
     mpp: float
     sha256: str
+    store_fingerprint: str
 
     @torch.no_grad()
     def features(self, tiles: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -80,7 +82,7 @@ def load_encoder(path: Path, device: torch.device) -> FrozenEncoder:
     config = state["config"]
     backbone = build_encoder(config["model.name"])
     head = DinoHead(
-        int(backbone.num_features),
+        width(backbone),
         config["method.out_dim"],
         config["method.hidden_dim"],
         config["method.bottleneck_dim"],
@@ -96,4 +98,5 @@ def load_encoder(path: Path, device: torch.device) -> FrozenEncoder:
         std=tuple(config["views.std"]),
         mpp=float(state["mpp"]),
         sha256=atomic.sha256_file(folder / "teacher.safetensors"),
+        store_fingerprint=state["store_fingerprint"],
     )

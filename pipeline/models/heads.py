@@ -53,4 +53,5 @@ class DinoHead(nn.Module):
 
     def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
         """Features (B, in_dim) -> cosines with the prototypes (B, out_dim), each in [-1, 1]."""
-        return self.last_layer(F.normalize(self.mlp(x_BD), dim=-1, eps=_NORM_EPS))
+        cosines: torch.Tensor = self.last_layer(F.normalize(self.mlp(x_BD), dim=-1, eps=_NORM_EPS))
+        return cosines

@@ -42,7 +42,8 @@ class BatchNorm(_BatchNorm):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalise ``input`` (B, C, ...); statistics are over all ranks in training."""
         if not self.training or _world() == 1:
-            return super().forward(input)
+            alone: torch.Tensor = super().forward(input)
+            return alone
         if self.running_mean is None or self.running_var is None or self.momentum is None:
             raise ValueError("statistics must be tracked with a momentum")
         wide = input.float() if input.dtype in (torch.half, torch.bfloat16) else input
@@ -63,7 +64,7 @@ class BatchNorm(_BatchNorm):
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
         scale = torch.rsqrt(variance + self.eps)
-        normal = (shifted - mean.view(shape)) * scale.view(shape)
+        normal: torch.Tensor = (shifted - mean.view(shape)) * scale.view(shape)
         if self.affine:
             normal = normal * self.weight.view(shape) + self.bias.view(shape)
         return normal.to(input.dtype)

@@ -1,0 +1,25 @@
+"""``bony embed``: encode a TileStore with a frozen encoder into a FeatureStore."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.commands.parser import command_parser
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command."""
+    parser = command_parser(
+        "embed", "Encode every tile with a run's teacher. Finished slides are skipped: the same command continues."
+    )
+    parser.add_argument("--encoder", type=Path, required=True, metavar="RUN", help="a RUN, or one of its checkpoints")
+    parser.add_argument("--data", type=Path, required=True, metavar="STORE", help="the TileStore")
+    parser.add_argument("--out", type=Path, required=True, metavar="FEATURES", help="the FeatureStore to make")
+    parser.add_argument("--batch", type=int, default=64, help="tiles per forward pass")
+    parser.add_argument("--threads", type=int, default=2, help="threads that read and decode tiles")
+    parser.add_argument("--any-mpp", action="store_true", help="accept tiles of another scale; this is recorded")
+    args = parser.parse_args(words)
+    from pipeline.embed import embed
+
+    about = embed(args.encoder, args.data, args.out, args.batch, args.threads, args.any_mpp)
+    print(f"{args.out}: {', '.join(f'{tap} ({width})' for tap, width in about.taps.items())} of {about.encoder}")
+    return 0

@@ -1,0 +1,203 @@
+"""Evaluation tasks: labels from a TileStore, features from a FeatureStore, a decoder between them, one RESULT folder."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.checkpoint import write_tensors
+from pipeline.downstream.fit import FitConfig, FitResult, fit_classifier, predict
+from pipeline.downstream.metrics import classification
+from pipeline.downstream.splits import Split, split_by_slide, split_by_tile
+from pipeline.features import read_description, read_features
+from pipeline.report import figures
+from tiling import atomic
+from tiling.errors import EvaluationError, UsageError
+from tiling.index import COVERAGE
+from tiling.labels import SCHEMES, UNLABELLED
+from tiling.progress import progress, say
+from tiling.store import TileStore
+
+RESULTS, DECODER, PREDICTIONS, CONFUSION, CURVES = (
+    "results.json", "decoder.safetensors", "predictions.parquet", "confusion.png", "curves.png",
+)  # fmt: skip
+FORMAT_VERSION = 1
+TAP = "head"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a task is judged.
+
+    Args:
+        by_slide: Split by slide; False splits tiles at random, as the report did.
+        any_pixel: A single mask pixel decides a tile's grade, and a tile without one is background.
+        class_weights: Weigh the loss by inverse class frequency.
+        fit: The decoder's training.
+    """
+
+    by_slide: bool
+    any_pixel: bool
+    class_weights: bool
+    fit: FitConfig
+
+
+PROTOCOLS = {
+    "default": Protocol(by_slide=True, any_pixel=False, class_weights=True, fit=FitConfig(epochs=30, patience=5)),
+    "paper": Protocol(by_slide=False, any_pixel=True, class_weights=False, fit=FitConfig(epochs=20)),
+}
+
+
+def any_pixel_labels(store: TileStore) -> np.ndarray:
+    """The report's labels: the highest class of which a single pixel is under the tile, else background.
+
+    Tiles whose provider does not grade stay unlabelled. A store without masks keeps its own labels.
+
+    Returns:
+        int64, shape (N,).
+    """
+    scheme = SCHEMES["radboud"]
+    names = [f"{COVERAGE}{value}" for value in scheme.values]
+    if scheme.classes is None or any(name not in store.index.column_names for name in names):
+        return store.labels()
+    shares = np.stack([store.index[name].to_numpy() for name in names], axis=1)  # (N, values), NaN where not known
+    classes = np.where(np.nan_to_num(shares) > 0, np.asarray(scheme.classes), 0).max(axis=1)
+    graded = np.asarray(store.index["provider"].cast(pa.string()).to_pylist()) == "radboud"
+    return np.where(graded & ~np.isnan(shares[:, 0]), classes, UNLABELLED).astype(np.int64)
+
+
+def evaluate_panda(
+    data: Path, features: Path, out: Path, protocol_name: str = "default", seed: int = 0
+) -> dict[str, Any]:
+    """The report's PANDA decoder on cached features: train, choose by the val part, judge on the test part.
+
+    Args:
+        data: The TileStore.
+        features: Its FeatureStore.
+        out: The RESULT folder to make.
+        protocol_name: ``default`` or ``paper``.
+        seed: Decides split, initial weights and order.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        UsageError: ``out`` exists.
+        FeatureError: The features are of another store.
+        EvaluationError: Too few labelled tiles, slides or classes.
+    """
+    if out.exists():
+        raise UsageError("exists already", out, "choose another --out, or remove it")
+    protocol = PROTOCOLS[protocol_name]
+    with TileStore(data) as store:
+        values = read_features(features, store, TAP)
+        label = any_pixel_labels(store) if protocol.any_pixel else store.labels()
+        names = store.description.class_names
+        rows = np.flatnonzero(label != UNLABELLED)
+        if not len(rows) or not names:
+            raise EvaluationError(
+                "no labelled tile in this store", data, "tile slides that have masks or class folders"
+            )
+        slide, slide_ids, row_in_slide = store.slide_of_row[rows], store.slide_ids, store.index["row"].to_numpy()[rows]
+    split = (
+        split_by_slide(slide, label[rows], seed=seed, class_names=names)
+        if protocol.by_slide
+        else split_by_tile(label[rows], seed=seed, class_names=names)
+    )
+    warnings = [*split.warnings, *_provenance_warnings(features)]
+    for warning in warnings:
+        say(f"warning: {warning}")
+    fit = _fit(values[rows], label[rows], split, len(names), protocol, seed)
+    probabilities = predict(fit.model, values[rows])
+    judged = {
+        part: classification(label[rows][members], probabilities[members], names)
+        for part, members in (("val", split.val), ("test", split.test))
+    }
+    result = {
+        "format": "bony-result", "format_version": FORMAT_VERSION, "task": "panda", "protocol": protocol_name,
+        "class_names": list(names), "seed": seed, "tap": TAP, "features": read_description(features).to_json(),
+        "counts": _counts(label, rows, slide, split, names), "metrics": judged, "warnings": warnings,
+        "fit": asdict(protocol.fit) | {"seed": seed, "class_weights": protocol.class_weights},
+        "best_epoch": fit.best_epoch, "history": fit.history,
+        "software": {"bony": version("bony"), "torch": torch.__version__},
+    }  # fmt: skip
+    table = _predictions(slide, slide_ids, row_in_slide, label[rows], probabilities, split, names)
+    _write(out, result, fit, table)
+    return result
+
+
+def _provenance_warnings(features: Path) -> list[str]:
+    about = read_description(features)
+    found = []
+    if about.encoder_store_fingerprint == about.store_fingerprint:
+        found.append("the encoder was pretrained on these very slides (without labels), the test part included")
+    if about.mpp_override:
+        found.append(f"tiles have {about.mpp:.3g} um/px, the encoder was trained at {about.encoder_mpp:.3g}")
+    return found
+
+
+def _fit(values: np.ndarray, label: np.ndarray, split: Split, classes: int, protocol: Protocol, seed: int) -> FitResult:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = FitConfig(**asdict(protocol.fit) | {"seed": seed, "device": device})
+    with progress("decoder", config.epochs, "epochs") as advance:
+        return fit_classifier(
+            values, label, split, classes, config, protocol.class_weights,
+            lambda epoch, epochs, record: advance(note=f"val loss {record['val_loss']:.3f}"),
+        )  # fmt: skip
+
+
+def _counts(
+    label: np.ndarray, rows: np.ndarray, slide: np.ndarray, split: Split, names: Sequence[str]
+) -> dict[str, Any]:
+    """Tiles and slides per part and class."""
+    parts = {
+        part: {
+            "tiles": len(members),
+            "slides": len(np.unique(slide[members])),
+            "per_class": {name: int((label[rows][members] == number).sum()) for number, name in enumerate(names)},
+        }
+        for part, members in split.parts().items()
+    }
+    return {"tiles": len(label), "unlabelled": len(label) - len(rows), **parts}
+
+
+def _predictions(
+    slide: np.ndarray,
+    slide_ids: Sequence[str],
+    row_in_slide: np.ndarray,
+    label: np.ndarray,
+    probabilities: np.ndarray,
+    split: Split,
+    names: Sequence[str],
+) -> pa.Table:
+    """One row per labelled tile: slide, row, part, label, probability per class."""
+    part = np.empty(len(label), dtype=object)
+    for name, members in split.parts().items():
+        part[members] = name
+    columns = {
+        "slide_id": [slide_ids[number] for number in slide],
+        "row": row_in_slide,
+        "part": part.tolist(),
+        "label": label,
+    }
+    return pa.table(columns | {f"p_{name}": probabilities[:, number] for number, name in enumerate(names)})
+
+
+def _write(out: Path, result: dict[str, Any], fit: FitResult, predictions: pa.Table) -> None:
+    """The RESULT folder, whole or not there at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    test = result["metrics"]["test"]
+    with atomic.building(out, out.parent / f".{out.name}.work") as folder:
+        (folder / RESULTS).write_text(json.dumps(result, indent=1) + "\n")
+        write_tensors(folder / DECODER, fit.model.state_dict())
+        pq.write_table(predictions, folder / PREDICTIONS, compression="zstd")
+        title = f"PANDA, test part, {result['protocol']} protocol"
+        (folder / CONFUSION).write_bytes(figures.confusion_matrix(test["confusion"], result["class_names"], title))
+        (folder / CURVES).write_bytes(figures.decoder_curves(fit.history, fit.best_epoch, "PANDA decoder"))
