@@ -19,7 +19,7 @@ from tiling import atomic
 from tiling.errors import CheckpointError
 from tiling.progress import say
 
-FOLDER, LATEST, STATE = "checkpoints", "latest", "state.json"
+FOLDER, LATEST, STATE, WORK = "checkpoints", "latest", "state.json", "work"
 OPTIMIZER, METHOD_STATE = "optimizer", "method"
 FORMAT_VERSION = 1
 
@@ -71,8 +71,11 @@ def save(
     Returns:
         The checkpoint's folder.
     """
-    final = step_folder(run, position.step)
-    with atomic.building(final, run / FOLDER / "work") as folder:
+    final, work = step_folder(run, position.step), run / FOLDER / WORK
+    shutil.rmtree(work, ignore_errors=True)  # what a killed save left
+    if final.exists() and atomic.damaged_files(final):  # passed over when the run was continued from an older one
+        atomic.set_aside(final, work)
+    with atomic.building(final, work) as folder:
         for name, network in networks.items():
             write_tensors(folder / f"{name}.safetensors", network.state_dict())
         write_tensors(folder / f"{METHOD_STATE}.safetensors", state)
@@ -86,14 +89,15 @@ def save(
         }
         atomic.write_json(folder / STATE, description)
     atomic.write_bytes(run / FOLDER / LATEST, f"{final.name}\n".encode())
-    for old in list_checkpoints(run)[:-keep]:
+    # Newer ones are damaged, or this run would have been continued from them: they must not push sound ones out.
+    for old in [folder for folder in list_checkpoints(run) if folder.name <= final.name][:-keep]:
         shutil.rmtree(old)
     return final
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """All checkpoints of a run that look finished, oldest first."""
-    return sorted(folder for folder in (run / FOLDER).glob("step-*") if (folder / atomic.COMPLETE).is_file())
+    """All checkpoints of a run, sound or not, oldest first."""
+    return sorted((run / FOLDER).glob("step-*"))
 
 
 def newest_sound(run: Path) -> Path | None:
@@ -136,12 +140,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     return value
 
 
-def load_network(folder: Path, name: str, network: nn.Module) -> None:
-    """Fill one network from a checkpoint, strictly.
-
-    Raises:
-        CheckpointError: Names or shapes differ: the checkpoint is of another architecture.
-    """
+def _fitting(folder: Path, name: str, network: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of one network, all there and of its shapes."""
     path = folder / f"{name}.safetensors"
     try:
         tensors = load_file(path)
@@ -149,21 +149,47 @@ def load_network(folder: Path, name: str, network: nn.Module) -> None:
         raise CheckpointError(f"holds no {name}", folder) from error
     own = network.state_dict()
     for key in (*own, *tensors):
-        ours, theirs = own.get(key), tensors.get(key)
-        if ours is None or theirs is None or ours.shape != theirs.shape:
-            shapes = [tuple(t.shape) if t is not None else "missing" for t in (theirs, ours)]
-            raise CheckpointError(
-                f"tensor {key} is {shapes[0]} in the checkpoint and {shapes[1]} in the model",
-                path,
-                "the checkpoint is of another architecture: use the config it was trained with",
-            )
-    network.load_state_dict(tensors)
+        _require_shape(path, key, tensors.get(key), own.get(key))
+    return tensors
+
+
+def _require_shape(path: Path, key: str, theirs: torch.Tensor | None, ours: torch.Tensor | None) -> None:
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        shapes = [tuple(tensor.shape) if tensor is not None else "missing" for tensor in (theirs, ours)]
+        raise CheckpointError(
+            f"tensor {key} is {shapes[0]} in the checkpoint and {shapes[1]} in the model",
+            path,
+            "the checkpoint is of another architecture: use the config it was trained with",
+        )
+
+
+def load_network(folder: Path, name: str, network: nn.Module) -> None:
+    """Fill one network from a checkpoint, strictly.
+
+    Raises:
+        CheckpointError: Names or shapes differ: the checkpoint is of another architecture; nothing was filled.
+    """
+    network.load_state_dict(_fitting(folder, name, network))
+
+
+def _fitting_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, torch.Tensor]]:
+    """Optimizer state by parameter number, of the parameters' shapes (or scalars)."""
+    path = folder / f"{OPTIMIZER}.safetensors"
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        number, name = key.split(".", 1)
+        own = parameters[int(number)] if int(number) < len(parameters) else None
+        if own is None or tensor.ndim:
+            _require_shape(path, key, tensor, own)
+        state.setdefault(int(number), {})[name] = tensor
+    return state
 
 
 def load(
     folder: Path, networks: Mapping[str, nn.Module], state: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> Position:
-    """Fill networks, method state and optimizer in place from a verified checkpoint.
+    """Fill networks, method state and optimizer in place from a verified checkpoint: all of them, or none.
 
     Returns:
         Where the run stood.
@@ -173,16 +199,15 @@ def load(
         CheckpointError: It is of another format version or architecture.
     """
     about = read_state(folder)
-    for name, network in networks.items():
-        load_network(folder, name, network)
-    saved = load_file(folder / f"{METHOD_STATE}.safetensors")
+    tensors = {name: _fitting(folder, name, network) for name, network in networks.items()}
+    path = folder / f"{METHOD_STATE}.safetensors"
+    saved = load_file(path)
     for name, tensor in state.items():
-        if name not in saved or saved[name].shape != tensor.shape:
-            raise CheckpointError(f"holds no fitting {name!r} of the method", folder)
+        _require_shape(path, name, saved.get(name), tensor)
+    moments = _fitting_optimizer(folder, optimizer)
+    for name, network in networks.items():
+        network.load_state_dict(tensors[name])
+    for name, tensor in state.items():
         tensor.copy_(saved[name])
-    by_number: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in load_file(folder / f"{OPTIMIZER}.safetensors").items():
-        number, name = key.split(".", 1)
-        by_number.setdefault(int(number), {})[name] = tensor
-    optimizer.load_state_dict({"state": by_number, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return Position(int(about["step"]), int(about["samples_seen"]))

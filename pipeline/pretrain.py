@@ -46,9 +46,12 @@ def pretrain(config: PretrainConfig) -> Path:
         if len(store) == 0:
             raise StoreError("no kept tile in this store", config.data)
         about = describe(config, runtime, store)
-        _claim(config.out, about, config, runtime)
+        _require_usable(config.out, about, config)
         torch.manual_seed(derive_seed(config.train.seed, _STREAM_INIT))
         trainer = Trainer(config, runtime, build_method(config, runtime.device))
+        runtime.barrier()  # all ranks have looked at RUN before the first one makes it
+        if runtime.is_first:
+            _begin(config.out, about)
         position = _resume(config.out, trainer, runtime)
         if position.step < config.train.steps:
             _loop(trainer, store, position, about)
@@ -98,19 +101,20 @@ def describe(config: PretrainConfig, runtime: Runtime, store: TileStore) -> dict
     }
 
 
-def _claim(run: Path, about: dict[str, Any], config: PretrainConfig, runtime: Runtime) -> None:
-    """Make RUN, or check that the RUN that is there may be continued with this config, these ranks, this store."""
-    path = run / DESCRIPTION
-    if path.exists():
-        _require_same(run, json.loads(path.read_bytes()), about, config)
-    elif run.exists() and any(run.iterdir()) and runtime.is_first:
+def _require_usable(run: Path, about: dict[str, Any], config: PretrainConfig) -> None:
+    """RUN must be new, empty, or a run that may be continued with this config, these ranks and this store."""
+    if (run / DESCRIPTION).exists():
+        _require_same(run, json.loads((run / DESCRIPTION).read_bytes()), about, config)
+    elif run.exists() and any(run.iterdir()):
         raise UsageError("exists and is no run", run, "choose another --out")
-    runtime.barrier()
-    if runtime.is_first and not path.exists():
+
+
+def _begin(run: Path, about: dict[str, Any]) -> None:
+    """Make RUN, unless it is being continued, and say what is trained on."""
+    if not (run / DESCRIPTION).exists():
         run.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(path, {"format": "bony-run", "format_version": FORMAT_VERSION, **about})
-    if runtime.is_first:
-        say(f"{run}: {about['tiles']} tiles, {about['global_batch']} per step, {runtime.world} ranks")
+        atomic.write_json(run / DESCRIPTION, {"format": "bony-run", "format_version": FORMAT_VERSION, **about})
+    say(f"{run}: {about['tiles']} tiles, {about['global_batch']} per step, {about['ranks']} ranks")
 
 
 def _require_same(run: Path, known: dict[str, Any], about: dict[str, Any], config: PretrainConfig) -> None:

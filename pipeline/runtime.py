@@ -57,12 +57,12 @@ def joined() -> Iterator[Runtime]:
         device = torch.device("cpu")
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    try:
-        yield Runtime(rank, world, device)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+        bound = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT, device_id=bound)
+    yield Runtime(rank, world, device)
+    # Not on an error: leaving would wait for ranks that wait for this one; torchrun ends them.
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -1,8 +1,10 @@
 """One optimizer step as one unit: accumulate, check, clip, update, then what the method updates."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +20,9 @@ from pipeline.schedules import cosine, effective_lr
 from tiling.errors import BonyError
 
 _STREAM_FORWARD = 2
+# Buffers are BatchNorm statistics, which are the same on all ranks already. PyTorch 2.15 renamed the option.
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
 
 
 def global_batch(config: PretrainConfig, world: int) -> int:
@@ -76,10 +81,7 @@ class Trainer:
         self.lr = effective_lr(config.optim.lr, global_batch(config, runtime.world), config.optim.lr_cap)
         self.wrapped: nn.Module = method.student
         if runtime.world > 1:
-            # Buffers are BatchNorm statistics, which are already the same on all ranks.
-            self.wrapped = DistributedDataParallel(
-                method.student, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.wrapped = DistributedDataParallel(method.student, gradient_as_bucket_view=True, **_KEEP_BUFFERS)
 
     def views(self, batch: Batch) -> list[torch.Tensor]:
         """The method's views of a micro-batch, in the precision of the parameters."""
@@ -90,7 +92,7 @@ class Trainer:
         )  # fmt: skip
 
     def gradients(self, batches: Iterator[Batch], step: int) -> dict[str, torch.Tensor]:
-        """Accumulate the gradient of one optimizer step; returns mean figures over its micro-batches.
+        """Accumulate the gradient of one optimizer step; returns figures averaged over micro-batches and ranks.
 
         Raises:
             BonyError: The loss is not finite on some rank; nothing but BatchNorm statistics has changed.
@@ -109,8 +111,7 @@ class Trainer:
                 torch.autograd.backward(loss / accumulate)
             for name, value in {"loss": loss.detach(), **more}.items():
                 figures[name] = figures.get(name, 0) + value / accumulate
-        self._require_finite(figures["loss"], step, seen)
-        return figures
+        return self._agreed(figures, step, seen)
 
     def _sync(self, last: bool) -> AbstractContextManager[object]:
         """Ranks exchange gradients with the last micro-batch only."""
@@ -118,16 +119,21 @@ class Trainer:
             return nullcontext()
         return self.wrapped.no_sync()
 
-    def _require_finite(self, loss: torch.Tensor, step: int, batches: list[Batch]) -> None:
-        bad = (~torch.isfinite(loss)).to(torch.float32)
-        if not bool(self.runtime.sum(bad) > 0):
-            return
-        here = f" on this rank, whose tiles were {[int(n) for b in batches for n in b.ids][:16]}..." if bad else ""
-        raise BonyError(
-            f"loss is not finite at step {step}, rank {self.runtime.rank}{here}",
-            self.config.out,
-            "nothing was updated; lower optim.lr or optim.lr_cap and continue from the last checkpoint",
-        )
+    def _agreed(self, figures: dict[str, torch.Tensor], step: int, seen: list[Batch]) -> dict[str, torch.Tensor]:
+        """Figures averaged over all ranks; a loss that is not finite on one rank is not finite in the average."""
+        own = torch.stack([value.to(figures["loss"].dtype) for value in figures.values()])
+        means = self.runtime.sum(own) / self.runtime.world
+        mean = dict(zip(figures, means.unbind(), strict=True))
+        if not bool(torch.isfinite(mean["loss"])):
+            tiles = [int(number) for batch in seen for number in batch.ids][:16]
+            finite_here = bool(torch.isfinite(figures["loss"]))
+            here = "finite on this one" if finite_here else f"not finite on this one, whose tiles begin with {tiles}"
+            raise BonyError(
+                f"loss is not finite at step {step} (rank {self.runtime.rank}: {here})",
+                self.config.out,
+                "nothing was updated; lower optim.lr or optim.lr_cap and continue from the last checkpoint",
+            )
+        return mean
 
     def step(
         self, batches: Iterator[Batch], step: int, epoch: float
@@ -135,7 +141,7 @@ class Trainer:
         """Optimizer step number ``step`` (from 0), ``epoch`` passes into the data.
 
         Returns:
-            Mean figures over the micro-batches of this rank, on the device; this step's schedule values.
+            Mean figures over micro-batches and ranks, on the device; this step's schedule values.
         """
         figures = self.gradients(batches, step)
         self.method.before_update(epoch)

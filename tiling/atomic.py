@@ -99,6 +99,22 @@ def require_sound(folder: Path) -> None:
         raise DamageError(found[0], do="run `bony verify` for the whole list, then redo that part")
 
 
+def read_listed(folder: Path, name: str) -> bytes:
+    """Bytes of one file of a sealed box, checked against ``COMPLETE``.
+
+    Raises:
+        DamageError: The file or ``COMPLETE`` is missing, unreadable or changed.
+    """
+    try:
+        digest = json.loads((folder / COMPLETE).read_bytes())["sha256"][name]
+        data = (folder / name).read_bytes()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamageError(f"cannot be read ({type(error).__name__}: {error})", folder / name) from error
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise DamageError(f"sha256 differs from {COMPLETE}", folder / name, "redo that part")
+    return data
+
+
 def box_digest(folder: Path) -> str:
     """Identity of a sealed box: sha256 of its ``COMPLETE`` file, which lists every other file's."""
     return sha256_file(folder / COMPLETE)

@@ -6,6 +6,7 @@ other tables 42 dB) or in bytes.
 """
 
 import io
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ ZSTD_LEVEL = 3
 _ZIGZAG = sorted(range(64), key=lambda n: (n // 8 + n % 8, (n // 8 if (n // 8 + n % 8) % 2 else n % 8)))
 _SUBSAMPLING = {(1, 1): "4:4:4", (2, 1): "4:2:2", (2, 2): "4:2:0"}
 _SOF_BASELINE = (0xC0, 0xC1, 0xC2)
+# A marker in entropy-coded data, where only restart markers belong; tables and further scans may follow a scan.
+_MARKER_IN_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
+_BETWEEN_SCANS = (0xC4, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE)
 _MARKER_WITHOUT_LENGTH = (0xD8, 0x01, *range(0xD0, 0xD8))
 
 
@@ -111,6 +115,33 @@ def jpeg_settings(stream: bytes, shared_tables: bytes | None = None, declared_rg
     named_rgb = tuple(name for name, *_ in components) == (82, 71, 66)
     rgb = adobe == 0 if adobe is not None else (named_rgb or (declared_rgb and not jfif))
     return JpegSettings(tuple(tables[number] for *_, number in components), _SUBSAMPLING[sampling[0]], rgb)
+
+
+def jpeg_unsound(stream: bytes, header: bytes | None = None) -> str:
+    """What breaks a JPEG stream, or "" when nothing does.
+
+    libjpeg only warns of a stream that ends early or holds a stray marker, and makes up the pixels that follow. As
+    OpenSlide, which stops at such warnings, this finds a stream cut short and overwritten by other data; changed
+    bits that are still valid codes are not to be found: JPEG has no checksum.
+
+    Args:
+        stream: A whole stream; with ``header`` entropy-coded data alone (a restart interval of an NDPI).
+        header: The header that the stream lacks.
+    """
+    at = 0
+    if header is None:
+        at = stream.find(b"\xff\xda")
+        if at < 0:
+            return "no scan in it"
+        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+    while found := _MARKER_IN_SCAN.search(stream, at):
+        marker = stream[found.end() - 1]
+        if marker == 0xD9:
+            return ""
+        if marker not in _BETWEEN_SCANS:
+            return f"marker {marker:#04x} at byte {found.start()} of its data"
+        at = found.end() + int.from_bytes(stream[found.end() : found.end() + 2], "big")
+    return "" if header is not None else "it ends before its end marker"
 
 
 def encode_jpeg(tile: np.ndarray, settings: JpegSettings | None) -> bytes:

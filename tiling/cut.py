@@ -57,6 +57,7 @@ class Plan:
         tissue_fraction: Per candidate, float32 (N,).
         overview: The picture the tissue mask was made from, uint8 (H, W, 3).
         brightfield: Whether the overview looks like bright-field microscopy.
+        unknown: Share of the overview that does not decode; filters alone judge the tiles there.
     """
 
     cut: Cut
@@ -64,6 +65,7 @@ class Plan:
     tissue_fraction: np.ndarray
     overview: np.ndarray = field(repr=False)
     brightfield: bool = True
+    unknown: float = 0.0
 
 
 def plan_slide(slide: Slide, settings: TileSettings) -> Plan:
@@ -76,14 +78,16 @@ def plan_slide(slide: Slide, settings: TileSettings) -> Plan:
     if slide.mpp is None:
         raise SlideError("the file does not say its scale (um per pixel)", slide.path, "give it with --slide-mpp")
     cut = choose_cut(slide.levels, slide.mpp, settings.tile_px, settings.mpp, settings.mpp_tolerance)
-    overview = slide.overview()
+    overview, unknown = slide.overview()
     corners = tile_corners(cut.level.width, cut.level.height, cut.span)
     boxes = np.concatenate([corners, corners + cut.span], axis=1)
     downsample = cut.level.width / overview.shape[1], cut.level.height / overview.shape[0]
-    share = tissue_fraction(tissue_mask(overview), boxes, downsample)
+    # What cannot be seen may be tissue: its tiles are cut, and listed as damaged where they do not decode either.
+    share = tissue_fraction(tissue_mask(overview) | unknown, boxes, downsample)
     limits = settings.thresholds
     touched = share > 0 if limits is not None and limits.min_tissue > 0 else np.ones(len(share), bool)
-    return Plan(cut, corners[touched], share[touched], overview, is_brightfield(overview))
+    brightfield = is_brightfield(overview)
+    return Plan(cut, corners[touched], share[touched], overview, brightfield, float(unknown.mean()))
 
 
 def cut_slide(

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from tiling import atomic
 from tiling.errors import StoreError
 
-INDEX = "index.parquet"
+INDEX, INDEX_SUM = "index.parquet", "index.sha256"
 ROWS = "rows.parquet"
 SLIDES = "slides"
 METADATA_KEY = b"bony"
@@ -68,7 +68,7 @@ def fingerprint(store: Path) -> str:
 
 def _slide_part(folder: Path) -> pa.Table:
     """Index rows of one slide: its kept tiles, numbered as in its arrays."""
-    table = pq.read_table(folder / ROWS)
+    table = pq.read_table(pa.BufferReader(atomic.read_listed(folder, ROWS)))
     facts = slide_facts(table)
     kept = table.filter(table["kept"])
     coverage = [name for name in kept.column_names if name.startswith(COVERAGE)]
@@ -91,6 +91,7 @@ def build_index(store: Path) -> pa.Table:
 
     Raises:
         StoreError: The store has no finished slide.
+        DamageError: The rows of a slide are damaged.
     """
     folders = slide_folders(store)
     if not folders:
@@ -102,7 +103,10 @@ def build_index(store: Path) -> pa.Table:
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(about).encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    atomic.write_bytes(store / INDEX, sink.getvalue().to_pybytes())
+    data = sink.getvalue().to_pybytes()
+    # A crash between the two leaves an index that does not match: it is refused, and rebuilt by `bony index`.
+    atomic.write_bytes(store / INDEX, data)
+    atomic.write_bytes(store / INDEX_SUM, f"{hashlib.sha256(data).hexdigest()}  {INDEX}\n".encode())
     return table
 
 
@@ -110,15 +114,22 @@ def read_index(store: Path) -> tuple[pa.Table, dict[str, Any]]:
     """The index and what it says of itself (``slides``, ``fingerprint``).
 
     Raises:
-        StoreError: There is none, it cannot be read, or it does not list the slides that are there.
+        StoreError: There is none, it does not match its checksum, or it does not list the slides that are there.
     """
     path = store / INDEX
     if not path.is_file():
         raise StoreError("the store has no index", store, f"run `bony index {store}`")
+    data = path.read_bytes()
     try:
-        table = pq.read_table(path)
+        stated = (store / INDEX_SUM).read_text().split()[0]
+    except (OSError, ValueError, IndexError) as error:
+        raise StoreError(f"its checksum cannot be read ({error})", path, f"run `bony index {store}`") from error
+    if hashlib.sha256(data).hexdigest() != stated:
+        raise StoreError(f"sha256 differs from {INDEX_SUM}", path, f"run `bony index {store}`")
+    try:
+        table = pq.read_table(pa.BufferReader(data))
         about: dict[str, Any] = json.loads(table.schema.metadata[METADATA_KEY])
-    except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise StoreError(f"index cannot be read ({error})", path, f"run `bony index {store}`") from error
     present = [folder.name for folder in slide_folders(store)]
     if present != about["slides"]:

@@ -111,24 +111,30 @@ class RowReader:
             raise GridError(f"box in segment row {row} after row {self._row}: boxes must come in row order")
 
 
-def shrink(grid: SegmentGrid, decode: Decode, factor: int) -> np.ndarray:
+def shrink(grid: SegmentGrid, decode: Decode, factor: int) -> tuple[np.ndarray, np.ndarray]:
     """A whole level at 1/factor by area mean, one block of segments in memory at a time.
 
-    ``factor`` is a power of two up to MAX_SHRINK. Damaged segments stay white, so that no tissue is found in them.
+    ``factor`` is a power of two up to MAX_SHRINK.
 
     Returns:
-        uint8, shape (ceil(H / factor), ceil(W / factor), 3).
+        Pixels, uint8, shape (ceil(H / factor), ceil(W / factor), 3), and where they are unknown, because a segment
+        does not decode: bool, shape (ceil(H / factor), ceil(W / factor)). Unknown pixels are white.
     """
     out = np.full((-(-grid.height // factor), -(-grid.width // factor), 3), 255, np.uint8)
-    for left, top, block in _blocks(grid, decode, factor):
+    unknown = np.zeros(out.shape[:2], bool)
+    for left, top, block, whole in _blocks(grid, decode, factor):
         height, width = -(-block.shape[0] // factor), -(-block.shape[1] // factor)
         small = cv2.resize(block, (width, height), interpolation=cv2.INTER_AREA) if factor > 1 else block
-        out[top // factor : top // factor + height, left // factor : left // factor + width] = small
-    return out
+        place = np.s_[top // factor : top // factor + height, left // factor : left // factor + width]
+        out[place], unknown[place] = small, not whole
+    return out, unknown
 
 
-def _blocks(grid: SegmentGrid, decode: Decode, factor: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Rows of segments joined until each block's height is a multiple of ``factor`` (NDPI's are 8 px high)."""
+def _blocks(grid: SegmentGrid, decode: Decode, factor: int) -> Iterator[tuple[int, int, np.ndarray, bool]]:
+    """Left, top, pixels of each block, and whether all of it decodes.
+
+    Rows of segments are joined until a block's height is a multiple of ``factor`` (NDPI's are 8 px high).
+    """
     rows_joined = math.lcm(factor, grid.segment_height) // grid.segment_height
     for first in range(0, grid.rows, rows_joined):
         top = first * grid.segment_height
@@ -136,13 +142,14 @@ def _blocks(grid: SegmentGrid, decode: Decode, factor: int) -> Iterator[tuple[in
         for column in range(grid.columns):
             left = column * grid.segment_width
             width = min(grid.segment_width, grid.width - left)
-            block = np.full((height, width, 3), 255, np.uint8)
+            block, whole = np.full((height, width, 3), 255, np.uint8), True
             for row in range(first, min(first + rows_joined, grid.rows)):
                 try:
                     pixels = decode(row * grid.columns + column)[..., :3]
                 except SlideError:
+                    whole = False
                     continue
                 at = row * grid.segment_height - top
                 pixels = pixels[: height - at, :width]  # TIFF tiles reach past the level's edge
                 block[at : at + pixels.shape[0], : pixels.shape[1]] = pixels
-            yield left, top, block
+            yield left, top, block, whole

@@ -5,6 +5,7 @@ segment; formats that tifffile cannot segment through OpenSlide; plain images wh
 before anything is decoded.
 """
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from dataclasses import replace
@@ -18,7 +19,7 @@ import openslide
 import tifffile
 from PIL import Image
 
-from tiling.codec import JpegSettings, jpeg_settings
+from tiling.codec import JpegSettings, jpeg_settings, jpeg_unsound
 from tiling.errors import SlideError
 from tiling.grid import Level
 from tiling.segments import MAX_SHRINK, SegmentGrid, shrink
@@ -36,6 +37,10 @@ OPENSLIDE_BLOCK = 512
 _RESOLUTION_UM = {2: 25400.0, 3: 10000.0}
 _APERIO_MPP = re.compile(r"\bMPP\s*=\s*(\d+(?:\.\d+)?)")
 _BACKGROUND = 255
+_COPY = "copy it again from its source"
+
+# tifffile logs what is odd in a header. What matters of it is checked here, and told as one line.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
 class Slide(ABC):
@@ -68,8 +73,12 @@ class Slide(ABC):
         del level
         return None
 
-    def overview(self) -> np.ndarray:
-        """The lowest level, reduced by a power of two where it is still large (over OVERVIEW_SIDE): uint8 (H, W, 3)."""
+    def overview(self) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest level, reduced by a power of two where it is still large (over OVERVIEW_SIDE).
+
+        Returns:
+            Pixels, uint8 (H, W, 3), and where they are unknown because a segment is damaged, bool (H, W).
+        """
         level = self.levels[-1]
         factor = 4 if len(self.levels) == 1 else 1
         while max(level.width, level.height) > factor * OVERVIEW_SIDE and factor < MAX_SHRINK:
@@ -102,7 +111,7 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
     if not path.is_file():
         raise SlideError("no such file", path)
     if path.stat().st_size == 0:
-        raise SlideError("file is empty (0 bytes)", path, "copy it again from its source")
+        raise SlideError("file is empty (0 bytes)", path, _COPY)
     slide: Slide
     if suffix in TIFF_SUFFIXES:
         slide = TiffSlide(path)
@@ -133,7 +142,8 @@ class TiffSlide(Slide):
         self.path = path
         try:
             self._tiff = tifffile.TiffFile(path)
-        except (tifffile.TiffFileError, OSError, ValueError, IndexError) as error:
+        except Exception as error:
+            # tifffile parses what a hostile or cut header gives it; whatever it trips over, the slide is unreadable.
             raise SlideError(f"not a readable TIFF ({error})", path) from error
         try:
             self._read_header()
@@ -141,7 +151,6 @@ class TiffSlide(Slide):
             self._tiff.close()
             raise
         except Exception as error:
-            # tifffile parses what a hostile or cut header gives it; whatever it trips over, the slide is unreadable.
             self._tiff.close()
             raise SlideError(f"TIFF header cannot be read ({type(error).__name__}: {error})", path) from error
 
@@ -156,6 +165,7 @@ class TiffSlide(Slide):
                 self.path,
             )
         self.levels = _levels([(page.imagewidth, page.imagelength) for page in self._pages], self.path)
+        self._require_whole()
         for page in self._pages:
             grid = self._grid(page)
             if grid.segment_width * grid.segment_height > MAX_SEGMENT_PIXELS:
@@ -167,6 +177,27 @@ class TiffSlide(Slide):
             if len(page.dataoffsets) < grid.rows * grid.columns:
                 raise SlideError(f"{len(page.dataoffsets)} segments, {grid.rows * grid.columns} are needed", self.path)
         self.mpp = self._stated_mpp()
+
+    def _require_whole(self) -> None:
+        """Refuse a file that was cut: tifffile would give the levels and segments that are left."""
+        there = self._tiff.filehandle.size
+        needed = max(
+            offset + size
+            for page in self._pages
+            for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True)
+        )
+        layout, last = self._tiff.tiff, self._tiff.pages[-1].offset
+        count = self._integer(last, layout.tagnosize)
+        following = self._integer(last + layout.tagnosize + count * layout.tagsize, layout.offsetsize)
+        if following:
+            raise SlideError(f"list of pages does not end: it goes on at byte {following} of {there}", self.path, _COPY)
+        if needed > there:
+            raise SlideError(f"file is cut: its segments reach to byte {needed}, it has {there}", self.path, _COPY)
+
+    def _integer(self, offset: int, size: int) -> int:
+        """An unsigned integer of the file."""
+        self._tiff.filehandle.seek(offset)
+        return int.from_bytes(self._tiff.filehandle.read(size), "little" if self._tiff.byteorder == "<" else "big")
 
     def _stated_mpp(self) -> float | None:
         page = self._pages[0]
@@ -212,10 +243,11 @@ class TiffSlide(Slide):
             return np.full((grid.segment_height, grid.segment_width, 3), _BACKGROUND, np.uint8)
         # page.decode takes the tables under a name that depends on how the page was made (NDPI has whole headers).
         tables = {"jpegheader": page.jpegheader} if page.jpegheader is not None else {"jpegtables": page.jpegtables}
+        raw = self._raw(level, number)
+        if page.compression == tifffile.COMPRESSION.JPEG and (unsound := jpeg_unsound(raw, page.jpegheader)):
+            raise SlideError(f"segment {number} of level {level} is damaged: {unsound}", self.path)
         try:
-            pixels, _, _ = page.decode(self._raw(level, number), number, **tables)
-        except SlideError:
-            raise
+            pixels, _, _ = page.decode(raw, number, **tables)
         except Exception as error:
             # Each codec raises its own type; a damaged segment is lost, whatever the type.
             raise SlideError(f"segment {number} of level {level} does not decode ({error})", self.path) from error
@@ -265,6 +297,9 @@ class ImageSlide(Slide):
         """The whole image, decoded once and kept."""
         del level, number
         if self._pixels is None:
+            unsound = jpeg_unsound(self.path.read_bytes()) if self._format == "JPEG" else ""
+            if unsound:
+                raise SlideError(f"image is damaged: {unsound}", self.path, _COPY)
             try:
                 self._pixels = _to_rgb(imagecodecs.imread(self.path))
             except Exception as error:
@@ -272,12 +307,12 @@ class ImageSlide(Slide):
                 raise SlideError(f"image does not decode ({error})", self.path) from error
         return self._pixels
 
-    def overview(self) -> np.ndarray:
-        """The image reduced to OVERVIEW_SIDE."""
+    def overview(self) -> tuple[np.ndarray, np.ndarray]:
+        """The image reduced to OVERVIEW_SIDE; an image that is damaged raises."""
         pixels = self.read_segment(0, 0)
         factor = max(4, -(-max(pixels.shape[:2]) // OVERVIEW_SIDE))
         size = max(1, pixels.shape[1] // factor), max(1, pixels.shape[0] // factor)
-        return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA))
+        return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)), np.zeros(size[::-1], bool)
 
     def jpeg(self, level: int) -> JpegSettings | None:
         """Settings of the file's own JPEG."""

@@ -63,17 +63,17 @@ def read_description(store: Path) -> Description:
     try:
         value = json.loads(path.read_bytes())
         found = value["format_version"] if value["format"] == "bony-tile-store" else "unknown"
+        if found == FORMAT_VERSION:
+            return Description(TileSettings.from_json(value["settings"]), value["dataset"], tuple(value["class_names"]))
     except FileNotFoundError as error:
         raise StoreError(f"not a tile store: it has no {DESCRIPTION}", store, "make one with `bony tile`") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"cannot be read ({type(error).__name__}: {error})", path) from error
-    if found != FORMAT_VERSION:
-        raise StoreError(
-            f"store has format version {found}, this software reads {FORMAT_VERSION}",
-            path,
-            "tile again, or use the version of bony that wrote it",
-        )
-    return Description(TileSettings.from_json(value["settings"]), value["dataset"], tuple(value["class_names"]))
+    raise StoreError(
+        f"store has format version {found}, this software reads {FORMAT_VERSION}",
+        path,
+        "tile again, or use the version of bony that wrote it",
+    )
 
 
 def prepare(store: Path, description: Description) -> None:

@@ -184,8 +184,10 @@ def _write_slide(folder: Path, source: Source, settings: TileSettings) -> tuple[
     )  # fmt: skip
     writer.close(folder, scheme.values if scheme and mask is not None else (), facts)
     (folder / THUMBNAIL).write_bytes(_thumbnail(plan, writer))
-    damage = f"{damaged} tiles lie on damaged segments and were dropped" if damaged else ""
-    return writer, damage, "" if plan.brightfield else "does not look like bright-field: dark background"
+    damage = [f"{damaged} tiles lie on damaged segments and were dropped"] if damaged else []
+    if plan.unknown:
+        damage.append(f"{plan.unknown:.2%} of its overview does not decode: filters alone judged the tiles there")
+    return writer, "; ".join(damage), "" if plan.brightfield else "does not look like bright-field: dark background"
 
 
 def _thumbnail(plan: Plan, writer: _SlideWriter) -> bytes:

@@ -1,8 +1,8 @@
 """Multi-crop views as batched tensor operations on the device, from uint8 tiles.
 
-A `ViewSpec` says what kind of view is wanted. `draw` turns it into `ViewParameters`, a few numbers per sample, on the
-host and without state: a sample gets the same view in any batch, on any rank, after any resume. `render` makes the
-pixels; what happens to which sample is known on the host, so the device is never waited for.
+A `ViewSpec` says what kind of view is wanted. `draw` makes it `ViewParameters`, a few numbers per sample, on the host
+and without state: a sample gets the same view in any batch, on any rank, after any resume. `render` makes the pixels;
+what happens to which sample is known on the host, so the device is never waited for.
 
 As in the original DINO (facebookresearch/dino, ``main_dino.py``, ``DataAugmentationDINO``): the order crop, flip,
 jitter, greyscale, blur, solarise, normalise; with preset ``original`` also every probability and strength. Not as
@@ -11,7 +11,7 @@ there: resampling is bilinear, not bicubic; nothing is rounded to uint8 in betwe
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,6 @@ from tiling.errors import UsageError
 
 Triple = tuple[float, float, float]
 Drawn = tuple[int, "ViewParameters"]  # a view's side in pixels, and what was drawn for it
-Change = Callable[[torch.Tensor, np.ndarray], torch.Tensor]
 
 MAX_SIGMA = 2.0  # widest blur, pixels of the view
 BLUR_RADIUS = 6  # three of these standard deviations
@@ -88,13 +87,13 @@ COLOURS = {
     "original": ColourSpec(0.4, 0.4, 0.2, 0.1, jitter=0.8, greyscale=0.2, rot90=False, vertical_flip=False),
     "histology": ColourSpec(0.2, 0.2, 0.1, 0.02, 0.8, 0.05, rot90=True, vertical_flip=True, blur_sigma=(0.1, 1.0)),
 }
-# Probabilities of blur, then of solarisation, each for the first global view, other globals, locals.
+# Blur, then solarisation: their probabilities for the first global view, other globals, locals.
 CHANCES = {"original": ((1.0, 0.1, 0.5), (0.0, 0.2, 0.0)), "histology": ((0.5, 0.1, 0.25), (0.0, 0.0, 0.0))}
 
 
 @dataclass(frozen=True, eq=False)
 class ViewParameters:
-    """All that is random in one view of a batch: small arrays on the host, one row per sample, shape (B,)."""
+    """All that is random in one view of a batch: small arrays on the host, shape (B,)."""
 
     box: np.ndarray  # (B, 4) float64: y0, x0, height, width of the crop in whole tile pixels
     flip_h: np.ndarray  # bool: mirrored left to right
@@ -179,13 +178,12 @@ def draw(
     # A column keeps its meaning for ever: a new use takes a new column, so that old runs can be repeated.
     u = uniforms(seed, epochs, ids, spec.stream, 16).T  # (16, B)
     swing = 2 * u - 1  # the same numbers, in [-1, 1)
-    share = spec.scale[0] + u[0] * (spec.scale[1] - spec.scale[0])
+    share = np.interp(u[0], (0, 1), spec.scale)
     log_limit = np.minimum(np.log(4 / 3), -np.log(share))  # a box of this share fits up to ratio 1 / share
     root = np.exp(swing[1] * log_limit / 2)  # sqrt(width / height)
-    side = tile_px * np.sqrt(share)
-    height, width = (np.clip(np.round(length), 1, tile_px) for length in (side / root, side * root))
+    lengths = tile_px * np.sqrt(share) * np.stack([1 / root, root])
+    height, width = np.clip(np.round(lengths), 1, tile_px)
     y0, x0 = np.floor(u[2] * (tile_px - height + 1)), np.floor(u[3] * (tile_px - width + 1))
-    sigma = colour.blur_sigma[0] + u[14] * (colour.blur_sigma[1] - colour.blur_sigma[0])
     return ViewParameters(
         box=np.stack([y0, x0, height, width], axis=1),
         flip_h=u[4] < 0.5,
@@ -197,7 +195,7 @@ def draw(
         saturation=1 + colour.saturation * swing[10],
         hue=colour.hue * swing[11],
         greyscale=u[12] < colour.greyscale,
-        blur_sigma=np.where(u[13] < spec.blur, sigma, 0.0),
+        blur_sigma=np.where(u[13] < spec.blur, np.interp(u[14], (0, 1), colour.blur_sigma), 0.0),
         solarise=u[15] < spec.solarise,
     )
 
@@ -228,7 +226,8 @@ def render(
 ) -> torch.Tensor:
     """Pixels of one view.
 
-    Computed in float32 (float64 for that dtype), whatever autocast or TF32 settings are on, and cast at the end.
+    Computed in float32 (float64 for that dtype) and cast at the end; no operation here is one that autocast or TF32
+    would round.
 
     Args:
         tiles: Tiles, uint8, shape (B, px, px, 3), on any device.
@@ -259,23 +258,21 @@ def _render_all(
     groups = {size: [i for i, (other, _) in enumerate(drawn) if other == size] for size, _ in drawn}
     most = 3 * max(px**2, *(len(members) * size**2 for size, members in groups.items()))  # values per tile
     step = max(1, CPU_VALUES // most if tiles.device.type == "cpu" else batch)
-    with torch.autocast(tiles.device.type, enabled=False):
-        for start in range(0, batch, step):
-            rows = slice(start, start + step)
-            planes = tiles[rows].to(work).permute(0, 3, 1, 2)  # (b, 3, px, px), channels last in memory
-            for size, members in groups.items():
-                params = [drawn[i][1].take(rows) for i in members]
-                x = torch.cat([_crop(planes, one, size) for one in params])  # (views * b, 3, size, size)
-                x = _recolour(x, ViewParameters.join(params))
-                for channel in range(3):
-                    x[:, channel].sub_(mean[channel]).div_(std[channel])
-                for i, part in zip(members, x.chunk(len(members)), strict=True):
-                    views[i][rows] = part
+    for start in range(0, batch, step):
+        rows = slice(start, start + step)
+        planes = tiles[rows].to(work).permute(0, 3, 1, 2)  # (b, 3, px, px), channels last in memory
+        for size, members in groups.items():
+            params = ViewParameters.join([drawn[i][1].take(rows) for i in members])
+            x = _recolour(_crop(planes, params, size), params)  # (views * b, 3, size, size)
+            for channel in range(3):
+                x[:, channel].sub_(mean[channel]).div_(std[channel])
+            for i, part in zip(members, x.chunk(len(members)), strict=True):
+                views[i][rows] = part
     return views
 
 
 def _crop(planes: torch.Tensor, params: ViewParameters, size: int) -> torch.Tensor:
-    """Crop, flips, turn and resize in one bilinear sampling: (B, 3, px, px) of 0..255 -> (B, 3, size, size) of 0..1.
+    """Crop, flips, turn and resize in one bilinear sampling: (b, 3, px, px) of 0..255 -> (views * b, 3, size, size).
 
     Sampling points are clamped to the centres of the box's outer pixels, which is what cropping first and repeating
     the edge would give: no pixel outside the box is mixed in. The points form a lattice parallel to the axes, so
@@ -283,9 +280,10 @@ def _crop(planes: torch.Tensor, params: ViewParameters, size: int) -> torch.Tens
     """
     first, step, low, high = _send(_lattice(params, size, planes.shape[2]), planes.device, planes.dtype)[..., None]
     index = torch.arange(size, device=planes.device, dtype=planes.dtype)
-    along_rows, along_columns = torch.clamp(first + step * index, low, high)  # (B, 2, size) each
-    grid = along_rows[..., :, None] + along_columns[..., None, :]  # (B, 2, size, size): x, y
-    x = functional.grid_sample(planes, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+    along_rows, along_columns = torch.clamp(first + step * index, low, high)  # (views * b, 2, size) each
+    grid = (along_rows[..., :, None] + along_columns[..., None, :]).permute(0, 2, 3, 1)  # x, y last
+    parts = grid.chunk(len(grid) // len(planes))
+    x = torch.cat([functional.grid_sample(planes, g, padding_mode="border", align_corners=False) for g in parts])
     return x.mul_(1 / 255)
 
 
@@ -303,7 +301,7 @@ def _lattice(params: ViewParameters, size: int, px: int) -> np.ndarray:
     for axis, backwards, index in ((0, backwards_x, 1 - turns % 2), (1, backwards_y, turns % 2)):
         start, length = params.box[:, 1 - axis], params.box[:, 3 - axis]  # tile pixels
         step = np.where(backwards, -length, length) / size
-        first = np.where(backwards, start + length, start) + step / 2  # from the box's edge; centres end in .5 here
+        first = np.where(backwards, start + length, start) + step / 2  # in from the edge; pixel centres end in .5
         numbers = np.stack([first, step, start + 0.5, start + length - 0.5]) * 2 / px
         numbers[[0, 2, 3]] -= 1
         out[:, index, np.arange(len(turns)), axis] = numbers
@@ -311,15 +309,25 @@ def _lattice(params: ViewParameters, size: int, px: int) -> np.ndarray:
 
 
 def _recolour(x: torch.Tensor, params: ViewParameters) -> torch.Tensor:
-    """Jitter, greyscale, blur, solarise, in place where it can be: (B, 3, h, w) in [0, 1]."""
-    x = _on_rows(params.jitter, x, lambda part, rows: _jitter(part, params.take(rows)))
-    x = _on_rows(params.greyscale, x, lambda part, _: part.copy_(_grey(part)))
-    x = _on_rows(params.blur_sigma > 0, x, lambda part, rows: _blur(part, params.blur_sigma[rows]))
-    x = _on_rows(params.solarise, x, lambda part, _: torch.minimum(part, 1 - part))  # 1 - x from 0.5 up
-    return x.clamp_(0, 1)
+    """Jitter, greyscale, blur, solarise: (B, 3, h, w) in [0, 1].
+
+    Samples are sorted meanwhile: those of one step lie in few runs, changed in place, not gathered and scattered.
+    """
+    reach = 2 * np.ceil(1.5 * params.blur_sigma)  # 0, or the even number of pixels next above three sigma
+    order = np.lexsort((params.solarise, params.greyscale, reach, params.jitter))
+    x, params, reach = x.index_select(0, _send(order, x.device, torch.int64)), params.take(order), reach[order]
+    for run in _runs(params.jitter):
+        _jitter(x[run], params.take(run))
+    for run in _runs(params.greyscale):
+        x[run] = _grey(x[run])
+    for run in _runs(reach):
+        _blur(x[run], params.blur_sigma[run], int(reach[run.start]))
+    for run in _runs(params.solarise):
+        x[run] = torch.minimum(x[run], 1 - x[run])  # 1 - x from 0.5 up
+    return x.index_select(0, _send(np.argsort(order), x.device, torch.int64)).clamp_(0, 1)
 
 
-def _jitter(x: torch.Tensor, params: ViewParameters) -> torch.Tensor:
+def _jitter(x: torch.Tensor, params: ViewParameters) -> None:
     """Brightness, contrast, saturation, hue as torchvision defines them, one factor per sample; in place."""
     factors = np.stack([params.brightness, params.contrast, params.saturation, params.hue])
     brightness, contrast, saturation, hue = _send(factors, x.device, x.dtype)[..., None, None, None]
@@ -328,10 +336,10 @@ def _jitter(x: torch.Tensor, params: ViewParameters) -> torch.Tensor:
     x.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 1)
     grey = _grey(x).mul_(1 - saturation)
     x.mul_(saturation).add_(grey).clamp_(0, 1)
-    return _shift_hue(x, hue)
+    _shift_hue(x, hue)
 
 
-def _shift_hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+def _shift_hue(x: torch.Tensor, turns: torch.Tensor) -> None:
     """Shift the hue of HSV, keeping value and saturation, in place: (n, 3, h, w) by (n, 1, 1, 1) turns.
 
     Without branches, which cost more than all else here. Let p' = (p - min) / (max - min). Then g' + b' - r' + 1 is
@@ -344,11 +352,10 @@ def _shift_hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)
     towards = (green - blue).mul_(1e30).add_(1).clamp_(-1, 1)  # 1 if g >= b, else -1
     hue.mul_(towards).mul_(1 / 6).add_(turns + 2).frac_().mul_(6)
-    for channel, centre, sign in ((red, 3, 1), (green, 2, -1), (blue, 4, -1)):
+    falling = torch.add(low, chroma, alpha=2)
+    for channel, centre, base, sign in ((green, 2, falling, -1), (blue, 4, falling, -1), (red, 3, low.sub_(chroma), 1)):
         ramp = (hue - centre).abs_().clamp_(1, 2)
-        base = low - chroma if sign == 1 else low + 2 * chroma
         torch.addcmul(base, chroma, ramp, value=sign, out=channel)
-    return x
 
 
 def _grey(x: torch.Tensor) -> torch.Tensor:
@@ -357,34 +364,27 @@ def _grey(x: torch.Tensor) -> torch.Tensor:
     return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-def _blur(x: torch.Tensor, sigma: np.ndarray) -> torch.Tensor:
-    """Gaussian blur cut at three sigma, edges reflected, one sigma per sample: (n, 3, h, w).
+def _blur(x: torch.Tensor, sigma: np.ndarray, reach: int) -> None:
+    """Gaussian blur over 2 reach + 1 pixels, edges reflected, one sigma per sample, in place: (n, 3, h, w).
 
     A sum of shifted copies: a grouped convolution is no faster on a CPU, and may be rounded to TF32 on a GPU.
     """
     height, width = x.shape[2:]
-    reach = np.ceil(3 * sigma)  # each sample's own, whatever else is in the batch
-    radius = int(reach.max())
-    offsets = np.arange(-radius, radius + 1)[:, None]
-    weights = np.exp(-0.5 * (offsets / sigma) ** 2) * (np.abs(offsets) <= reach)
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1)[:, None] / sigma) ** 2)
     taps = _send(weights / weights.sum(axis=0), x.device, x.dtype)[..., None, None, None]  # (taps, n, 1, 1, 1)
-    padded = functional.pad(x, (radius,) * 4, mode="reflect")
+    padded = functional.pad(x, (reach,) * 4, mode="reflect")
     across = padded[..., :width] * taps[0]
     for k in range(1, len(taps)):
         across.addcmul_(padded[..., k : k + width], taps[k])
-    down = across[..., :height, :] * taps[0]
+    torch.mul(across[..., :height, :], taps[0], out=x)
     for k in range(1, len(taps)):
-        down.addcmul_(across[..., k : k + height, :], taps[k])
-    return down
+        x.addcmul_(across[..., k : k + height, :], taps[k])
 
 
-def _on_rows(chosen: np.ndarray, x: torch.Tensor, change: Change) -> torch.Tensor:
-    """Change the chosen samples of x; ``change`` is given them and their rows."""
-    rows = np.flatnonzero(chosen)
-    if len(rows) in (0, len(x)):
-        return change(x, rows) if len(rows) else x
-    index = _send(rows, x.device, torch.int64)
-    return x.index_copy_(0, index, change(x.index_select(0, index), rows))
+def _runs(values: np.ndarray) -> list[slice]:
+    """Where equal values stand next to each other, zeros left out."""
+    starts = np.flatnonzero(np.concatenate([values[:1] == values[:1], values[1:] != values[:-1]]))
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(values)], strict=True) if values[a]]
 
 
 def _send(array: np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Evaluation tasks: labels from a TileStore, features from a FeatureStore, a decoder between them, one RESULT folder."""
+"""Evaluation tasks: labels of a TileStore, features of a FeatureStore, a decoder between them, a RESULT folder."""
 
 import json
 from collections.abc import Sequence
@@ -95,6 +95,8 @@ def evaluate_panda(
     """
     if out.exists():
         raise UsageError("exists already", out, "choose another --out, or remove it")
+    if protocol_name not in PROTOCOLS:
+        raise UsageError(f"protocol {protocol_name!r}, known are {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[protocol_name]
     with TileStore(data) as store:
         values = read_features(features, store, TAP)
@@ -201,3 +203,19 @@ def _write(out: Path, result: dict[str, Any], fit: FitResult, predictions: pa.Ta
         title = f"PANDA, test part, {result['protocol']} protocol"
         (folder / CONFUSION).write_bytes(figures.confusion_matrix(test["confusion"], result["class_names"], title))
         (folder / CURVES).write_bytes(figures.decoder_curves(fit.history, fit.best_epoch, "PANDA decoder"))
+
+
+TASKS = {"panda": evaluate_panda}
+
+
+def evaluate(
+    task: str, data: Path, features: Path, out: Path, protocol: str = "default", seed: int = 0
+) -> dict[str, Any]:
+    """Run one task by name; see the task's own function.
+
+    Raises:
+        UsageError: No task has that name, or ``out`` exists.
+    """
+    if task not in TASKS:
+        raise UsageError(f"task {task!r}, known are {', '.join(TASKS)}")
+    return TASKS[task](data, features, out, protocol, seed)

@@ -133,7 +133,7 @@ class Dino:
             "teacher_entropy": entropy.detach(),
             "kl": (loss - entropy).detach(),
             "centre_norm": self.centre.norm(),
-            "feature_std": F.normalize(out.detach(), dim=-1).std(dim=0).mean() * out.shape[-1] ** 0.5,
+            "feature_std": F.normalize(out.detach(), dim=-1).std(dim=0, correction=0).mean() * out.shape[-1] ** 0.5,
         }
         return loss, figures
 

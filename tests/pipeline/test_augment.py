@@ -188,6 +188,26 @@ def test_areas_are_uniform_and_ratios_log_uniform() -> None:
         assert np.allclose((deciles - low) / (high - low), np.linspace(0.1, 0.9, 9), atol=0.015)
 
 
+def test_boxes_reach_every_edge() -> None:
+    y0, x0, height, width = drawn_from(spec_of(scale=(0.2, 0.6)), colour_spec("original"), 4000, tile_px=12).box.T
+    for start, length in ((y0, height), (x0, width)):
+        eights = start[length == 8]
+        assert np.abs(np.bincount(eights.astype(int), minlength=5) / len(eights) - 0.2).max() < 0.06
+
+
+def test_decisions_do_not_depend_on_each_other() -> None:
+    n = 20_000
+    spec, colour = spec_of(scale=(0.1, 0.5), blur=0.5, solarise=0.5), colour_spec("histology")
+    params = drawn_from(spec, replace(colour, jitter=0.5, greyscale=0.5), n, tile_px=10_000)
+    y0, x0, height, width = params.box.T
+    others = {name: array for name, array in vars(params).items() if name not in ("box", "blur_sigma")}
+    blurred = params.blur_sigma > 0
+    places = (y0 / (10_000 - height), x0 / (10_000 - width), height * width, width / height)
+    columns = np.stack([*places, *others.values(), blurred, np.where(blurred, params.blur_sigma - 0.55, 0)])
+    correlations = np.corrcoef(columns)[np.triu_indices(len(columns), k=1)]
+    assert np.abs(correlations).max() < 4.5 / math.sqrt(n)
+
+
 def test_the_whole_tile_is_a_square_box() -> None:
     params = drawn_from(spec_of(scale=(1.0, 1.0)), colour_spec("original"), 100, tile_px=PX)
     assert (params.box == [0, 0, PX, PX]).all()
@@ -342,8 +362,9 @@ def test_hue_of_primaries_greys_and_near_greys_is_that_of_colorsys() -> None:
     for shift in np.linspace(-0.5, 0.5, 13).tolist():
         hsv = [colorsys.rgb_to_hsv(*colour) for colour in colours.tolist()]
         expected = torch.tensor([colorsys.hsv_to_rgb((h + shift) % 1, s, v) for h, s, v in hsv], dtype=torch.float64)
-        found = augment._shift_hue(colours.T.reshape(1, 3, 12, 18).clone(), torch.full((1, 1, 1, 1), shift).double())
-        assert torch.allclose(found.reshape(3, -1).T, expected, atol=1e-7)
+        image = colours.T.reshape(1, 3, 12, 18).clone()
+        augment._shift_hue(image, torch.full((1, 1, 1, 1), shift).double())
+        assert torch.allclose(image.reshape(3, -1).T, expected, atol=1e-7)
 
 
 def test_greyscale_agrees_with_torchvision() -> None:
@@ -355,12 +376,17 @@ def test_greyscale_agrees_with_torchvision() -> None:
     assert torch.equal(pixels(tiles[:1], plain(1, greyscale=chosen[:1])), found[:1])
 
 
+def kernel_width(sigma: float) -> int:
+    """The kernel reaches over three sigma, rounded up to 2, 4 or 6 pixels."""
+    return next(2 * reach + 1 for reach in (2, 4, 6) if reach >= 3 * sigma)
+
+
 def test_blur_agrees_with_torchvision() -> None:
     tiles, sigmas = made_tiles(7), [0.0, 0.1, 0.34, 0.8, 1.0, 1.5, 2.0]
     found = pixels(tiles, plain(7, blur_sigma=np.array(sigmas)))
     assert torch.allclose(found[0], planes(tiles)[0], atol=2e-5)
     for view, tile, sigma in zip(found[1:], planes(tiles)[1:], sigmas[1:], strict=True):
-        width = 2 * math.ceil(3 * sigma) + 1
+        width = kernel_width(sigma)
         assert torch.allclose(view, reference.gaussian_blur(tile, [width, width], [sigma]), atol=2e-5)
 
 
@@ -389,7 +415,7 @@ def slow_view(tile: torch.Tensor, params: ViewParameters, size: int) -> torch.Te
     if params.greyscale[0]:
         view = reference.rgb_to_grayscale(view, num_output_channels=3)
     if (sigma := float(params.blur_sigma[0])) > 0:
-        view = reference.gaussian_blur(view, [2 * math.ceil(3 * sigma) + 1] * 2, [sigma])
+        view = reference.gaussian_blur(view, [kernel_width(sigma)] * 2, [sigma])
     if params.solarise[0]:
         view = reference.solarize(view, 0.5)
     return reference.normalize(view, list(MEAN), list(STD))

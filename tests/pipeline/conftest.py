@@ -1,0 +1,123 @@
+"""What the trainer's tests share: a small real store, a tiny run's options, real ranks."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiling import datasets, phantom
+from tiling.run import tile
+from tiling.settings import TileSettings
+
+Words = Callable[..., list[str]]
+Ranks = Callable[..., None]
+
+TINY = {
+    "model.name": "xcit_nano_12_p16_224",
+    "model.drop_path": 0.0,
+    "method.out_dim": 64,
+    "method.hidden_dim": 32,
+    "method.bottleneck_dim": 16,
+    "method.freeze_last_layer_epochs": 0.3,
+    "views.global_crops": 1,
+    "views.local_crops": 2,
+    "views.global_size": 64,
+    "views.local_size": 32,
+    "optim.lr": 0.064,
+    "optim.warmup_steps": 0,
+    "train.batch_per_rank": 2,
+    "train.accumulate": 2,
+    "train.steps": 4,
+    "train.threads": 1,
+    "train.log_every": 1,
+    "checkpoint.every": 2,
+}
+
+
+def _make_store(root: Path, seeds: tuple[int, ...]) -> Path:
+    for seed, grade in zip(seeds, ("benign", "4"), strict=False):
+        phantom.write_slide(phantom.make_slide(seed, grade, size=(1344, 1344)), root)
+    tile(datasets.slides([root / "train_images"]), root / "store", TileSettings())
+    return root / "store"
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two phantom slides, 33 tiles of 224 px: read only."""
+    return _make_store(tmp_path_factory.mktemp("store"), (0, 1))
+
+
+@pytest.fixture(scope="session")
+def other_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One other slide."""
+    return _make_store(tmp_path_factory.mktemp("other"), (2,))
+
+
+@pytest.fixture(scope="session")
+def words(store: Path) -> Words:
+    """Options of ``bony pretrain`` for a run of seconds: words(out, {"train.steps": 3})."""
+
+    def build(out: Path, changes: Mapping[str, object] | None = None, data: Path = store) -> list[str]:
+        values = {"data": data, "out": out, **TINY, **(changes or {})}
+        return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+    return build
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The ranks of a test share two cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def double(one_thread: None) -> Iterator[None]:
+    """Networks, centre and views in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """For child processes: one thread each, and nothing of a process group we may be in."""
+    group = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {key: value for key, value in os.environ.items() if key not in group} | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def ranks(environment: dict[str, str]) -> Ranks:
+    """Run a script as the ranks of one gloo group: ranks(script, world, *arguments); each must exit with 0."""
+
+    def run(script: str, world: int, *arguments: object, seconds: float = 120) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(world)}
+        command = [sys.executable, "-W", "error", script, *map(str, arguments)]
+        members = [
+            subprocess.Popen(command, env=environment | group | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+            for rank in range(world)
+        ]
+        try:
+            end = time.monotonic() + seconds
+            while time.monotonic() < end and any(member.poll() is None for member in members):
+                if any(member.returncode for member in members):  # the others would wait for it
+                    break
+                time.sleep(0.02)
+        finally:
+            for member in members:
+                member.kill()
+        said = [member.communicate()[1] for member in members]
+        codes = [member.returncode for member in members]
+        assert codes == [0] * world, f"exit codes {codes}\n" + "\n".join(said)
+
+    return run

@@ -1,0 +1,145 @@
+"""The one BatchNorm: PyTorch's in one process; over two real gloo ranks what one process computes for all samples."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.models.norm import BatchNorm, synchronise
+from pipeline.runtime import joined
+
+CHANNELS, SPLIT, STEPS = 5, (3, 8), 3  # rank 0 has 3 of 8 samples: ranks need not be equal
+
+
+def made(dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Inputs and upstream gradients of three steps, means and spreads different by channel."""
+    generator = torch.Generator().manual_seed(3)
+    spread = torch.logspace(-1, 1, CHANNELS).view(1, -1, 1, 1)
+    inputs = [torch.randn(8, CHANNELS, 4, 6, generator=generator) * spread + 3 * spread for _ in range(STEPS)]
+    upstream = [torch.randn(8, CHANNELS, 4, 6, generator=generator) for _ in range(STEPS)]
+    return [x.to(dtype) for x in inputs], [g.to(dtype) for g in upstream]
+
+
+def affine(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The layer with a weight and bias that are not 1 and 0."""
+    layer.load_state_dict(
+        {"weight": torch.linspace(0.5, 2, CHANNELS), "bias": torch.linspace(-1, 1, CHANNELS)}, strict=False
+    )
+    return layer.to(dtype)
+
+
+def figures(layer: nn.Module, dtype: torch.dtype, rows: slice) -> dict[str, torch.Tensor]:
+    """Outputs, gradients and running statistics of some rows of the batch, by name."""
+    found = {}
+    for step, (x, g) in enumerate(zip(*made(dtype), strict=True)):
+        mine = x[rows].clone().requires_grad_()
+        out = layer(mine)
+        layer.zero_grad()
+        out.backward(g[rows])
+        found |= {f"out{step}": out.detach(), f"input_grad{step}": mine.grad}
+        found |= {f"{name}_grad{step}": parameter.grad.clone() for name, parameter in layer.named_parameters()}
+        found |= {f"{name}{step}": buffer.clone() for name, buffer in layer.named_buffers()}
+    layer.eval()
+    with torch.no_grad():
+        found["out_eval"] = layer(made(dtype)[0][0][rows])
+    return found
+
+
+def worker(folder: Path) -> None:
+    """One of two ranks: its part of the batch, in three precisions."""
+    torch.set_num_threads(1)
+    with joined() as runtime:
+        rows = slice(0, SPLIT[0]) if runtime.rank == 0 else slice(*SPLIT)
+        for dtype in (torch.float64, torch.float32):
+            found = figures(affine(BatchNorm(CHANNELS), dtype), dtype, rows)
+            torch.save(found, folder / f"{dtype}-{runtime.rank}.pt".removeprefix("torch."))
+        half = affine(BatchNorm(CHANNELS), torch.float32)(made(torch.bfloat16)[0][0][rows])
+        torch.save(half.detach(), folder / f"half-{runtime.rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory, ranks: Callable[..., None]) -> dict[str, list]:
+    folder = tmp_path_factory.mktemp("norm")
+    ranks(__file__, 2, folder)
+    names = ("float64", "float32", "half")
+    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in names}
+
+
+@pytest.mark.parametrize(("name", "limit"), [("float64", 1e-12), ("float32", 2e-6)])
+def test_two_ranks_equal_one_process(parts: dict[str, list], name: str, limit: float) -> None:
+    dtype = getattr(torch, name)
+    whole = figures(affine(nn.BatchNorm2d(CHANNELS), dtype), dtype, slice(None))
+    first, second = parts[name]
+    assert first.keys() == whole.keys()
+    for key, expected in whole.items():
+        if key.startswith(("out", "input_grad")):
+            found = torch.cat([first[key], second[key]])
+        elif key.startswith(("weight_grad", "bias_grad")):
+            found = first[key] + second[key]
+        else:
+            assert torch.equal(first[key], second[key]), key
+            found = first[key]
+        assert found.dtype == expected.dtype
+        assert (found - expected).abs().max() <= limit * max(1, expected.abs().max()), key
+
+
+def test_half_precision_inputs_have_float32_statistics(parts: dict[str, list]) -> None:
+    x = made(torch.bfloat16)[0][0]
+    expected = affine(nn.BatchNorm2d(CHANNELS), torch.float32)(x.float())
+    found = torch.cat(parts["half"])
+    assert found.dtype == torch.bfloat16
+    # bfloat16 keeps 8 bits: rounding the exact result is all that may have happened.
+    assert torch.all((found.float() - expected).abs() <= 2**-8 * expected.abs() + 1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_process_is_pytorchs(training: bool) -> None:
+    ours, theirs = (affine(kind(CHANNELS), torch.float32) for kind in (BatchNorm, nn.BatchNorm2d))
+    for layer in (ours, theirs):
+        layer.running_mean.fill_(0.5)
+        layer.running_var.fill_(2.0)
+        layer.train(training)
+    x = made(torch.float32)[0][0]
+    assert torch.equal(ours(x), theirs(x))
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
+
+
+def test_takes_any_number_of_dimensions_but_one() -> None:
+    layer = BatchNorm(4)
+    assert layer(torch.randn(6, 4)).shape == (6, 4)
+    assert layer(torch.randn(6, 4, 3)).shape == (6, 4, 3)
+    with pytest.raises(ValueError, match="1 dimensions"):
+        layer(torch.randn(4))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_synchronise_replaces_every_batchnorm_and_keeps_names_and_values() -> None:
+    import timm  # not above: it takes seconds, which the ranks need not spend
+
+    torch.manual_seed(0)
+    plain = timm.create_model("xcit_nano_12_p16_224", num_classes=0)
+    for layer in plain.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.weight)
+            layer.running_var.uniform_(0.5, 2)
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    count = sum(isinstance(layer, nn.BatchNorm2d) for layer in plain.modules())
+    x = torch.randn(2, 3, 32, 32)
+    expected = [plain.train(mode)(x).detach() for mode in (False, True)]
+    plain.load_state_dict(before)
+    ours = synchronise(plain)
+    assert count > 0
+    assert sum(isinstance(layer, BatchNorm) for layer in ours.modules()) == count
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in ours.modules())
+    after = ours.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    for mode, values in zip((False, True), expected, strict=True):
+        assert torch.equal(ours.train(mode)(x), values)
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))
