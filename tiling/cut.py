@@ -142,7 +142,7 @@ def _labelled(
 ) -> Candidate:
     """The candidate with mask, coverage and label; ``values`` are the mask's under the tile, at source resolution."""
     shares = labels.coverage(values, scheme)
-    if cut.resampled:
+    if values.shape[0] != cut.px:
         values = cv2.resize(values, (cut.px, cut.px), interpolation=cv2.INTER_NEAREST)
     label = labels.label(shares, scheme, settings.min_label_share)
     return replace(candidate, mask=values, coverage=tuple(float(share) for share in shares), label=label)

@@ -18,10 +18,17 @@ COLOURS = {
     "texture": (204, 121, 167),
     "damaged": (0, 0, 0),
 }
-_NAMES = {"": "kept", "tissue": "too little tissue", "edges": "too few edges", "texture": "too homogeneous"}
+_NAMES = {
+    "": "kept",
+    "tissue": "too little tissue",
+    "empty": "mostly empty",
+    "edges": "too few edges",
+    "texture": "too homogeneous",
+}
 THUMBNAIL_SIDE = 1200
-SHEET_COLUMNS, SHEET_TILE = 10, 112
-_STRIP = 26
+SHEET_COLUMNS, SHEET_TILE = 8, 128
+_STRIP, _CAPTION = 38, 24
+_LEGEND_FONT, _CAPTION_FONT = 24, 17
 _WHITE = (255, 255, 255)
 
 
@@ -63,10 +70,10 @@ def _legend(draw: ImageDraw.ImageDraw, reasons: Sequence[str]) -> None:
         count = sum(1 for other in reasons if other == reason)
         if not count and reason != "":
             continue
-        draw.rectangle((left, 7, left + 12, 19), outline=colour, width=3)
+        draw.rectangle((left, 9, left + 18, 27), outline=colour, width=4)
         text = f"{_NAMES.get(reason, reason)} {count}"
-        draw.text((left + 18, 5), text, fill=(0, 0, 0), font=_font(14))
-        left += 34 + round(draw.textlength(text, font=_font(14)))
+        draw.text((left + 26, 4), text, fill=(0, 0, 0), font=_font(_LEGEND_FONT))
+        left += 50 + round(draw.textlength(text, font=_font(_LEGEND_FONT)))
 
 
 def contact_sheet(kept: Sequence[tuple[np.ndarray, str]], rejected: Sequence[tuple[np.ndarray, str]]) -> bytes:
@@ -76,24 +83,24 @@ def contact_sheet(kept: Sequence[tuple[np.ndarray, str]], rejected: Sequence[tup
         kept: Tiles, uint8 (px, px, 3), with their label's name.
         rejected: Tiles with the reason.
     """
-    strips = [
-        _strip(f"kept ({len(kept)} shown)", kept),
-        _strip(f"rejected ({len(rejected)} shown)", [(tile, _NAMES.get(why, why)) for tile, why in rejected]),
-    ]
+    strips = [_strip(f"kept ({len(kept)} shown)", kept)]
+    if rejected:
+        named = [(tile, _NAMES.get(why, why)) for tile, why in rejected]
+        strips.append(_strip(f"rejected by a filter ({len(rejected)} shown)", named))
     return encode_jpeg(np.concatenate(strips), None)
 
 
 def _strip(title: str, tiles: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
     """Title line and rows of captioned tiles, uint8 (H, W, 3)."""
-    step = SHEET_TILE + 18
+    step = SHEET_TILE + _CAPTION
     rows = -(-len(tiles) // SHEET_COLUMNS)
     image = Image.new("RGB", (SHEET_COLUMNS * (SHEET_TILE + 4), _STRIP + rows * step), _WHITE)
     draw = ImageDraw.Draw(image)
-    draw.text((4, 4), title, fill=(0, 0, 0), font=_font(16))
+    draw.text((4, 6), title, fill=(0, 0, 0), font=_font(_LEGEND_FONT - 2))
     for number, (tile, caption) in enumerate(tiles):
         row, column = divmod(number, SHEET_COLUMNS)
         small = cv2.resize(tile, (SHEET_TILE, SHEET_TILE), interpolation=cv2.INTER_AREA)
         x, y = column * (SHEET_TILE + 4), _STRIP + row * step
         image.paste(Image.fromarray(small), (x, y))
-        draw.text((x + 2, y + SHEET_TILE + 1), caption, fill=(60, 60, 60), font=_font(12))
+        draw.text((x + 2, y + SHEET_TILE + 1), caption, fill=(60, 60, 60), font=_font(_CAPTION_FONT))
     return np.asarray(image)

@@ -24,7 +24,7 @@ from tiling.slide import open_slide
 from tiling.store import MASK_CODEC, MASKS, TILES, WORK
 
 THUMBNAIL, SHEET = "thumbnail.jpg", "contact.jpg"
-_SHEET_KEPT, _SHEET_REJECTED_EACH = 40, 6
+_SHEET_KEPT, _SHEET_REJECTED_EACH = 32, 8
 _MCU = 16
 
 

@@ -128,7 +128,8 @@ class ViewParameters:
 
 def colour_spec(preset: str) -> ColourSpec:
     """Colours of a preset; UsageError if there is none of that name."""
-    return _of_preset(COLOURS, preset)
+    _require_preset(preset)
+    return COLOURS[preset]
 
 
 def view_specs(
@@ -147,7 +148,8 @@ def view_specs(
     """
     if global_crops < 0 or local_crops < 0 or global_crops + local_crops == 0:
         raise UsageError(f"{global_crops} global and {local_crops} local crops, need at least one view")
-    blur, solarise = _of_preset(CHANCES, preset)
+    _require_preset(preset)
+    blur, solarise = CHANCES[preset]
     return tuple(
         ViewSpec(f"global{i}", i, global_size, global_scale, blur[i > 0], solarise[i > 0], is_global=True)
         for i in range(global_crops)
@@ -393,7 +395,6 @@ def _send(array: np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def _of_preset[T](table: dict[str, T], name: str) -> T:
-    if name not in table:
-        raise UsageError(f"augmentation preset {name!r} is not one of {', '.join(table)}")
-    return table[name]
+def _require_preset(name: str) -> None:
+    if name not in COLOURS:
+        raise UsageError(f"augmentation preset {name!r} is not one of {', '.join(COLOURS)}")

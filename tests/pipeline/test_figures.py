@@ -13,7 +13,7 @@ from pipeline.report import figures
 NAMES = ("background", "healthy", "Gleason 3", "Gleason 4", "Gleason 5")
 
 
-def opened(data: bytes) -> Image.Image:
+def check_png(data: bytes) -> Image.Image:
     """The image, after checking that it is a whole PNG of a size that fits the page and is not blank."""
     Image.open(io.BytesIO(data)).verify()
     image = Image.open(io.BytesIO(data))
@@ -34,7 +34,7 @@ def opened(data: bytes) -> Image.Image:
     ],
 )
 def test_confusion_matrix(counts: Any, names: Any) -> None:
-    opened(figures.confusion_matrix(counts, names, "PANDA, test part: 100 % $not$ math"))
+    check_png(figures.confusion_matrix(counts, names, "PANDA, test part: 100 % $not$ math"))
 
 
 def test_confusion_matrix_refuses_a_wrong_shape() -> None:
@@ -58,12 +58,12 @@ def records(count: int) -> list[dict[str, Any]]:
 def test_training_curves(count: int, panels: int) -> None:
     keys = [("loss", "loss"), ("knn", "kNN accuracy"), ("entropy", "not logged")] * 2
     levels: dict[str, figures.Level] = {"loss": (math.log(4096), "ln K"), "knn": 0.2, "entropy": 1.0}
-    opened(figures.training_curves(records(count), keys[:panels], "a run", levels))
+    check_png(figures.training_curves(records(count), keys[:panels], "a run", levels))
 
 
 def test_training_curves_without_keys_or_lines() -> None:
     assert figures.training_curves([], [])[:4] == b"\x89PNG"
-    opened(figures.training_curves(records(5), [("loss", "loss")]))
+    check_png(figures.training_curves(records(5), [("loss", "loss")]))
 
 
 def test_decoder_curves() -> None:
@@ -71,15 +71,15 @@ def test_decoder_curves() -> None:
         {"epoch": e, "train_loss": 1 / e, "val_loss": 1.1 / e, "val_accuracy": 0.5, "val_balanced_accuracy": 0.4}
         for e in range(1, 41)
     ]
-    opened(figures.decoder_curves(history, 40, "PANDA decoder"))
-    opened(figures.decoder_curves(history[:1]))
-    opened(figures.decoder_curves([]))
+    check_png(figures.decoder_curves(history, 40, "PANDA decoder"))
+    check_png(figures.decoder_curves(history[:1]))
+    check_png(figures.decoder_curves([]))
 
 
 def test_class_bars() -> None:
-    opened(figures.class_bars(dict(zip(NAMES, (0, 120_000, 33, 1, 9_000), strict=True)), "train"))
-    opened(figures.class_bars({"a": 0, "b": 0}))
-    opened(figures.class_bars({}))
+    check_png(figures.class_bars(dict(zip(NAMES, (0, 120_000, 33, 1, 9_000), strict=True)), "train"))
+    check_png(figures.class_bars({"a": 0, "b": 0}))
+    check_png(figures.class_bars({}))
 
 
 def test_the_same_figure_is_the_same_bytes() -> None:
@@ -89,7 +89,7 @@ def test_the_same_figure_is_the_same_bytes() -> None:
 
 def test_pyplot_is_not_loaded() -> None:
     code = "import sys, pipeline.report.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 def test_the_running_mean_stays_out_of_gaps() -> None:

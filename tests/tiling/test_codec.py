@@ -70,7 +70,7 @@ def test_encoding_again_keeps_the_pixels(
     settings = codec.jpeg_settings(stream)
     again = codec.decode(codec.encode(tile, "jpeg", settings), "jpeg", tile.shape)
     assert psnr(again, tile) >= 45
-    assert psnr(again, tile) > psnr(codec.decode(codec.encode(tile, "jpeg", None), "jpeg", tile.shape), tile)
+    assert psnr(again, tile) >= psnr(codec.decode(codec.encode(tile, "jpeg", None), "jpeg", tile.shape), tile)
     repeated = codec.jpeg_settings(codec.encode(tile, "jpeg", settings))
     assert repeated == settings
 
@@ -157,7 +157,7 @@ def test_bytes_that_do_not_decode(name: str, data: bytes) -> None:
 @pytest.mark.parametrize("name", codec.CODECS)
 def test_bytes_of_another_shape(name: str) -> None:
     data = codec.encode(np.zeros((16, 16, 3), np.uint8), name, None)
-    with pytest.raises(DamageError, match="tile de"):
+    with pytest.raises(DamageError, match=r"tile (decodes to shape \(16|does not decode as zstd \(cannot reshape)"):
         codec.decode(data, name, (32, 32, 3))
 
 

@@ -44,7 +44,7 @@ def test_real_tiles_are_kept(real_tiles: list[np.ndarray]) -> None:
 
 def test_blurred_tiles_are_rejected(real_tiles: list[np.ndarray]) -> None:
     sharp = [tile for tile in real_tiles if why(tile) == ""]
-    blurred = [why(cv2.GaussianBlur(tile, (0, 0), 15)) for tile in sharp]
+    blurred = [why(cv2.GaussianBlur(tile, (0, 0), 20)) for tile in sharp]
     assert sum(reason in ("edges", "texture") for reason in blurred) >= 0.95 * len(blurred)
 
 

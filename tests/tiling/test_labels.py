@@ -34,7 +34,7 @@ def test_names_of_values() -> None:
 def test_a_single_pixel_decides_with_share_0() -> None:
     shares = coverage(mask_of(0, 49, 48, 2, 0, 1), RADBOUD)
     assert label(shares, RADBOUD, 0.0) == 4
-    assert label(shares, RADBOUD, 0.01) == 4
+    assert label(shares, RADBOUD, 0.009) == 4
     assert label(shares, RADBOUD, 0.015) == 2
     assert label(shares, RADBOUD, 0.05) == 1
 

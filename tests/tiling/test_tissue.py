@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import cv2
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,9 +41,12 @@ def test_mask_of_glass_and_of_tissue_alone() -> None:
 
 
 def test_mask_of_a_made_slide() -> None:
+    """Lumina, white as glass, are part of the true outline: small ones are closed, large ones stay holes."""
     slide = make_slide(3, "4", size=(1024, 1536))
-    found, true = tissue_mask(slide.image[::4, ::4]), slide.tissue[::4, ::4]
-    assert (found & true).sum() / (found | true).sum() > 0.9
+    found = tissue_mask(cv2.resize(slide.image, (96, 64), interpolation=cv2.INTER_AREA))
+    true = slide.tissue[::16, ::16]
+    assert (found & ~true).sum() < 0.05 * true.sum()
+    assert (found & true).sum() > 0.85 * true.sum()
 
 
 def test_tiny_pictures() -> None:
