@@ -107,11 +107,18 @@ def _rows(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
         raise UsageError("no such file", path)
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        columns = reader.fieldnames or ()
-        missing = [name for name in needed if name not in columns]
-        if missing:
-            raise UsageError(f"column {missing[0]!r} is missing", path, f"it has {', '.join(columns) or 'no columns'}")
-        return list(reader)
+        try:
+            columns, rows = reader.fieldnames or (), list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot be read as CSV ({error})", path, "save it as comma-separated UTF-8") from error
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise UsageError(f"column {missing[0]!r} is missing", path, f"it has {', '.join(columns) or 'no columns'}")
+    for number, row in enumerate(rows, start=2):
+        short = [name for name in needed if row[name] is None]
+        if short:
+            raise UsageError(f"no {short[0]} in this row", f"{path}, line {number}")
+    return rows
 
 
 def panda(root: Path) -> Dataset:

@@ -13,6 +13,8 @@ def run(words: Sequence[str]) -> int:
         "demo",
         "Make slides (or take yours), tile them, pretrain a nano XCiT, encode, train a decoder, and write a page. "
         "Minutes on a laptop; uses a GPU where there is one.",
+        "bony demo --out demo",
+        "bony demo --slides /data/panda --out demo",
     )
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for everything")
     parser.add_argument("--quick", action="store_true", help="about a minute; too short to learn anything")

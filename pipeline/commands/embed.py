@@ -9,7 +9,9 @@ from pipeline.commands.parser import command_parser
 def run(words: Sequence[str]) -> int:
     """Run the command."""
     parser = command_parser(
-        "embed", "Encode every tile with a run's teacher. Finished slides are skipped: the same command continues."
+        "embed",
+        "Encode every tile with a run's teacher. Finished slides are skipped: the same command continues.",
+        "bony embed --encoder run --data store --out features",
     )
     parser.add_argument("--encoder", type=Path, required=True, metavar="RUN", help="a RUN, or one of its checkpoints")
     parser.add_argument("--data", type=Path, required=True, metavar="STORE", help="the TileStore")

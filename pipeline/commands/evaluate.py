@@ -19,6 +19,7 @@ def run(words: Sequence[str]) -> int:
         "evaluate",
         "Train a decoder on frozen features and judge it on slides it has not seen. --protocol paper repeats the "
         "report's split of single tiles and labels by any pixel.",
+        "bony evaluate panda --data store --features features --out result",
     )
     parser.add_argument("task", metavar="TASK", help="panda")
     parser.add_argument("--data", type=Path, required=True, metavar="STORE", help="the TileStore with the labels")

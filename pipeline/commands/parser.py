@@ -1,13 +1,16 @@
 """Argument parsing for all commands: errors are one line and exit code 2."""
 
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from textwrap import fill
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser as ConfigParser
 
 from pipeline.config import PretrainConfig
 from tiling.errors import UsageError
+
+HELP_WIDTH = 100
 
 
 class OneLineParser(ArgumentParser):
@@ -18,10 +21,24 @@ class OneLineParser(ArgumentParser):
         raise UsageError(message, do=f"see `{self.prog} --help`")
 
 
-def command_parser(name: str, description: str) -> OneLineParser:
-    """Parser of one subcommand."""
+class _Help(RawDescriptionHelpFormatter):
+    """Says the default where there is one; keeps the examples' lines."""
+
+    def _get_help_string(self, action: Action) -> str:
+        text = action.help or ""
+        shown = action.default is not None and action.default is not False and action.option_strings
+        return f"{text} (default: %(default)s)" if shown and action.dest != "help" else text
+
+
+def command_parser(name: str, description: str, *examples: str) -> OneLineParser:
+    """Parser of one subcommand, with examples below its options."""
+    lines = "\n".join(f"  {example}" for example in examples)
     return OneLineParser(
-        prog=f"bony {name}", description=description, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        prog=f"bony {name}",
+        description=fill(description, HELP_WIDTH),
+        epilog=f"examples:\n{lines}" if examples else None,
+        formatter_class=_Help,
+        allow_abbrev=False,
     )
 
 

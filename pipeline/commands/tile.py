@@ -21,26 +21,36 @@ def _parser() -> OneLineParser:
         "tile",
         "Cut slides into tissue tiles. Finished slides are skipped, so the same command continues a stopped run. "
         "Exit code 3: some slides were left out or damaged; STORE/quarantine.jsonl says which and why.",
+        "bony tile slides/ --out store --workers 8",
+        "bony tile --dataset panda --root /data/panda --out store --workers 8",
+        "bony tile slide.svs --mpp native --codec zstd --out store",
+        "bony tile --dataset tiles --root tiles/ --slide-pattern '^([0-9a-f]+)_' --mpp 0.5 --out store",
     )
     add = parser.add_argument
     add("slides", nargs="*", type=Path, metavar="SLIDE_OR_DIR", help="slide files, and folders searched for slides")
     add("--out", type=Path, required=True, metavar="STORE", help="the TileStore to make or to continue")
     add("--dataset", choices=("panda", "tiles"), help="read a data set's own layout under --root")
     add("--root", type=Path, help="the data set's folder; slides given as well choose among its slides")
-    add("--mpp", default="0.5", help="target um per pixel, or native for each slide's own level 0")
-    add("--mpp-tolerance", type=float, default=base.mpp_tolerance, help="relative difference that needs no resampling")
-    add("--slide-mpp", type=float, help="um per level-0 pixel of all slides, overriding the files")
+    add("--workers", type=int, default=1, metavar="N", help="processes, one slide each")
     add("--codec", choices=CODECS, default=base.codec, help="jpeg keeps the source's own tables; zstd is lossless")
-    add("--tile-px", type=int, default=base.tile_px, help="side of a tile")
-    add("--workers", type=int, default=1, help="processes, one slide each")
-    add("--min-tissue", type=float, default=limits.min_tissue, help="least share of tissue (0 turns the filter off)")
-    add("--max-empty", type=float, default=limits.max_empty, help="largest share of near-white pixels (1: off)")
-    add("--min-edges", type=float, default=limits.min_edges, help="least share of edge pixels (0: off)")
-    add("--min-texture", type=float, default=limits.min_texture, help="least local contrast in grey levels (0: off)")
-    add("--min-label-share", type=float, default=base.min_label_share, help="least share of a tile for its label")
-    add("--slides-csv", type=Path, help="--dataset tiles: CSV with a path column and the slide of each image")
-    add("--slide-column", default="slide_id", help="--dataset tiles: the slide's column in that CSV")
-    add("--slide-pattern", help="--dataset tiles: regular expression for the slide id in a file name")
+    add("--tile-px", type=int, default=base.tile_px, metavar="PX", help="side of a tile")
+    add = parser.add_argument_group("scale").add_argument
+    add("--mpp", default="0.5", help="target um per pixel, or native for each slide's own level 0")
+    add("--mpp-tolerance", type=float, default=base.mpp_tolerance, metavar="SHARE", help="difference used as it is")
+    add("--slide-mpp", type=float, metavar="M", help="um per level-0 pixel of all slides, overriding the files")
+    add = parser.add_argument_group("filters", "A tile must pass all of them.").add_argument
+    add("--min-tissue", type=float, default=limits.min_tissue, metavar="SHARE", help="least share of tissue (0: off)")
+    add("--max-empty", type=float, default=limits.max_empty, metavar="SHARE", help="most near-white pixels (1: off)")
+    add("--min-edges", type=float, default=limits.min_edges, metavar="SHARE", help="least share of edges (0: off)")
+    add("--min-texture", type=float, default=limits.min_texture, metavar="GREY", help="least local contrast (0: off)")
+    add = parser.add_argument_group("labels").add_argument
+    add("--min-label-share", type=float, default=base.min_label_share, metavar="SHARE", help="least share of its class")
+    add = parser.add_argument_group(
+        "--dataset tiles", "Folders of images, one per class; none is filtered."
+    ).add_argument
+    add("--slides-csv", type=Path, metavar="CSV", help="CSV with a path column and the slide of each image")
+    add("--slide-column", default="slide_id", metavar="NAME", help="the slide's column in that CSV")
+    add("--slide-pattern", metavar="REGEX", help="regular expression for the slide id in a file name")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, never half there, never damaged unseen, never of another model; and which RUN may be continued."""
+"""Checkpoints: exact, never half there, never damaged unseen, never of another model."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,12 +19,8 @@ from torch import nn
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Position, list_checkpoints, newest_sound
-from pipeline.commands.parser import pretrain_config
-from pipeline.methods import dino
-from pipeline.monitor import read_metrics
-from pipeline.pretrain import pretrain
 from tiling import atomic
-from tiling.errors import CheckpointError, DamageError, StoreError, UsageError
+from tiling.errors import CheckpointError, DamageError
 
 FILES = ("student.safetensors", "teacher.safetensors", "method.safetensors", "optimizer.safetensors", "state.json")
 
@@ -133,7 +129,8 @@ def test_damaged_newest_is_named_and_passed_over(
     folder = newest_sound(run)
     assert folder == run / "checkpoints/step-00000002"
     said = capsys.readouterr().err
-    assert str(run / "checkpoints/step-00000004" / name) in said
+    # A changed COMPLETE that can still be read lists another digest: the file that has not got it is named.
+    assert str(run / "checkpoints/step-00000004" / ("" if name == "COMPLETE" else name)) in said
     assert said.count("\n") == 1
     model = Model(3)
     assert model.load(folder).step == 2
@@ -212,7 +209,7 @@ def fewer_trained(model: Model) -> None:
         ({"out": 2}, None, r"tensor 2\.weight is \(3, 6\) in the checkpoint and \(2, 6\)"),
         ({"centre": 5}, None, r"tensor centre is \(4,\) in the checkpoint and \(5,\)"),
         ({}, deeper, r"teacher.*tensor 3\.weight is missing in the checkpoint and \(3, 3\)"),
-        ({}, shallower, r"teacher.*tensor 2\.weight is \(3, 6\) in the checkpoint and missing in the model"),
+        ({}, shallower, r"teacher.*tensor 2\.bias is \(3,\) in the checkpoint and missing in the model"),
         ({}, fewer_trained, r"optimizer.*tensor 3\.\w+ is .* in the checkpoint and missing in the model"),
     ],
 )
@@ -281,126 +278,6 @@ def worker(folder: Path) -> None:
         outcomes.append(position.step == step)
         last = position.step
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
-
-
-# ---- which RUN may be continued --------------------------------------------------------------------------------------
-
-
-class TinyBackbone(nn.Module):
-    """A fast encoder; which one it is does not matter here."""
-
-    num_features = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, self.num_features)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.linear(images.mean((2, 3))))
-
-
-@pytest.fixture
-def _tiny(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    monkeypatch.setattr(dino, "build_encoder", lambda name, drop_path: TinyBackbone())
-
-
-@pytest.fixture
-def started(_tiny: None, tmp_path: Path, words: Callable[..., list[str]]) -> Iterator[Path]:
-    """A run of 4 steps that has lost its last checkpoint: it stands at step 2."""
-    run = tmp_path / "started"
-    pretrain(pretrain_config(words(run)))
-    shutil.rmtree(run / "checkpoints/step-00000004")
-    return run
-
-
-def test_a_finished_run_is_left_alone(started: Path, words: Callable[..., list[str]]) -> None:
-    pretrain(pretrain_config(words(started)))
-    before = {path: path.read_bytes() for path in started.rglob("*") if path.is_file()}
-    pretrain(pretrain_config(words(started)))
-    assert {path: path.read_bytes() for path in started.rglob("*") if path.is_file()} == before
-
-
-@pytest.mark.parametrize(
-    "spread",
-    [
-        {"train.batch_per_rank": 4, "train.accumulate": 1},
-        {"train.batch_per_rank": 1, "train.accumulate": 4},
-        {"checkpoint.every": 1, "checkpoint.keep": 9, "train.log_every": 2, "train.threads": 2},
-    ],
-)
-def test_how_the_work_is_spread_may_change(
-    started: Path, words: Callable[..., list[str]], spread: dict[str, object], capsys: pytest.CaptureFixture[str]
-) -> None:
-    pretrain(pretrain_config(words(started, spread)))
-    assert "step-00000002 at step 2" in capsys.readouterr().err
-    about = json.loads((newest_sound(started) / "state.json").read_bytes())
-    assert (about["step"], about["samples_seen"]) == (4, 16)
-    assert [line["step"] for line in read_metrics(started)] == (
-        [1, 2, 3, 4] if "train.log_every" not in spread else [1, 2, 4]
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"method.out_dim": 32}, "method.out_dim = 64, not 32"),
-        ({"optim.lr": 0.01}, "optim.lr = 0.064, not 0.01"),
-        ({"train.steps": 5}, "train.steps = 4, not 5"),
-        ({"train.seed": 1}, "train.seed = 0, not 1"),
-        ({"views.local_crops": 3}, "views.local_crops = 2, not 3"),
-        ({"views.mean": "[0.5,0.5,0.5]"}, "views.mean"),
-        ({"train.batch_per_rank": 4}, "4 samples a step, not 8"),
-        ({"train.accumulate": 3}, "4 samples a step, not 6"),
-    ],
-)
-def test_another_config_is_refused_naming_the_key(
-    started: Path, words: Callable[..., list[str]], changes: dict[str, object], key: str
-) -> None:
-    before = {path: path.stat().st_mtime_ns for path in started.rglob("*")}
-    with pytest.raises(UsageError, match=key) as caught:
-        pretrain(pretrain_config(words(started, changes)))
-    assert "\n" not in str(caught.value)
-    assert {path: path.stat().st_mtime_ns for path in started.rglob("*")} == before
-
-
-def test_another_store_is_refused(started: Path, other_store: Path, words: Callable[..., list[str]]) -> None:
-    with pytest.raises(StoreError, match="not what this run was started on"):
-        pretrain(pretrain_config(words(started, data=other_store)))
-
-
-def test_the_same_store_elsewhere_is_accepted(
-    started: Path, store: Path, tmp_path: Path, words: Callable[..., list[str]]
-) -> None:
-    moved = shutil.copytree(store, tmp_path / "moved")
-    pretrain(pretrain_config(words(started, data=moved)))
-    assert newest_sound(started).name == "step-00000004"
-
-
-@pytest.mark.usefixtures("_tiny")
-def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path, words: Callable[..., list[str]]) -> None:
-    (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UsageError, match="is no run"):
-        pretrain(pretrain_config(words(tmp_path)))
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_a_run_falls_back_past_a_damaged_checkpoint_and_ends_the_same(
-    started: Path, words: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = words(started, {"checkpoint.every": 1})
-    pretrain(pretrain_config(options))
-    straight = load_file(started / "checkpoints/step-00000004/student.safetensors")
-    flip(started / "checkpoints/step-00000004/optimizer.safetensors", 999)
-    truncate(started / "checkpoints/step-00000003/teacher.safetensors")
-    capsys.readouterr()
-    pretrain(pretrain_config(options))
-    said = capsys.readouterr().err
-    for name in ("step-00000004/optimizer.safetensors", "step-00000003/teacher.safetensors"):
-        assert f"damaged checkpoint passed over: {started}/checkpoints/{name}" in said
-    assert "step-00000002 at step 2" in said
-    assert newest_sound(started).name == "step-00000004"
-    assert same(load_file(started / "checkpoints/step-00000004/student.safetensors"), straight)
-    assert [line["step"] for line in read_metrics(started)] == [1, 2, 3, 4]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ from tiling.settings import TileSettings
 from tiling.store import TileStore
 
 
+def table_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def write_csv(root: Path, text: str) -> None:
     (root / "train.csv").write_text(text)
 
@@ -38,7 +42,7 @@ def image(path: Path, width: int = 256, height: int = 256, seed: int = 0) -> np.
 
 def test_panda(cohort: Path) -> None:
     found = datasets.panda(cohort)
-    listed = list(csv.DictReader((cohort / "train.csv").open()))
+    listed = table_of(cohort / "train.csv")
     assert [source.slide_id for source in found.sources] == sorted(row["image_id"] for row in listed)
     assert found.class_names == GLEASON_CLASSES
     assert found.remarks == ("3 slides of 3 in train.csv",)
@@ -91,7 +95,13 @@ def test_panda_with_a_wrong_value(old: str, new: str, complaint: str, own_cohort
 def test_panda_with_a_short_row(own_cohort: Path) -> None:
     with (own_cohort / "train.csv").open("a") as file:
         file.write("onlyanid\n")
-    with pytest.raises(UsageError, match=r"train\.csv, line 5: "):
+    with pytest.raises(UsageError, match=r"train\.csv, line 5: no data_provider in this row"):
+        datasets.panda(own_cohort)
+
+
+def test_panda_csv_that_is_none(own_cohort: Path) -> None:
+    (own_cohort / "train.csv").write_bytes(b"PK\x03\x04\xff\xfe\x00")
+    with pytest.raises(UsageError, match=r"train\.csv: cannot be read as CSV \(.*; save it as comma-separated UTF-8"):
         datasets.panda(own_cohort)
 
 
@@ -177,9 +187,7 @@ def test_tiles_by_pattern(folders: Path) -> None:
 @pytest.mark.parametrize("prefix", ["", "tiles/"])
 def test_tiles_by_csv(prefix: str, folders: Path) -> None:
     table = folders.parent / "list.csv"
-    table.write_text(
-        f"path,patient\n{prefix}stroma/s1_0.png,A\n{prefix}stroma/s2_0.png,A\n{prefix}tumour/s1_1.png,B\n"
-    )
+    table.write_text(f"path,patient\n{prefix}stroma/s1_0.png,A\n{prefix}stroma/s2_0.png,A\n{prefix}tumour/s1_1.png,B\n")
     found = datasets.tile_folders(folders, table, "patient")
     assert [(source.slide_id, source.image_labels) for source in found.sources] == [("A", (0, 0)), ("B", (1,))]
     table.write_text(f"path,patient\n{prefix}stroma/s1_0.png,A\n")
@@ -260,7 +268,7 @@ def test_panda_gleason_tiles(shared_data: Path, tmp_path: Path, capsys: pytest.C
     assert main([*words, "--out", str(tmp_path / "store")]) == 0
     assert "105 slides (0 were there already), 994 new tiles" in capsys.readouterr().out
     of_slide: dict[str, list[tuple[str, int]]] = {}
-    for row in csv.DictReader((root / "manifest.csv").open()):
+    for row in table_of(root / "manifest.csv"):
         of_slide.setdefault(row["slide_id"], []).append((row["path"], int(row["label"])))
     with TileStore(tmp_path / "store", threads=2) as store:
         assert (len(store), len(store.slide_ids)) == (994, 105)

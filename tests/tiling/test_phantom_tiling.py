@@ -102,7 +102,11 @@ def test_coarser_tiles_have_the_true_labels_too(
         tmp_path / "train_label_masks" / f"{slide.image_id}_mask.tiff",
         slide.provider,
     )
-    tile(datasets.Dataset("one", (source,)), tmp_path / "store", TileSettings(mpp=mpp, thresholds=Thresholds(0.2, 0.95, 0, 0)))
+    tile(
+        datasets.Dataset("one", (source,)),
+        tmp_path / "store",
+        TileSettings(mpp=mpp, thresholds=Thresholds(0.2, 0.95, 0, 0)),
+    )
     scheme = SCHEMES["radboud"]
     with TileStore(tmp_path / "store") as reader:
         assert reader.mpp == pytest.approx(mpp)

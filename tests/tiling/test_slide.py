@@ -207,9 +207,7 @@ def test_tissue_on_a_broken_segment_of_the_only_level_is_listed(
         spoiled = {(c.x, c.y): c for c in cut_slide(slide, plan, settings)}
     assert plan.unknown == pytest.approx(len(broken) * 240 * 240 / (2220 * 2967), rel=0.05)
     touched = {
-        (x, y)
-        for x, y in sound
-        if any(x < x1 and x + 224 > x0 and y < y1 and y + 224 > y0 for x0, y0, x1, y1 in boxes)
+        (x, y) for x, y in sound if any(x < x1 and x + 224 > x0 and y < y1 and y + 224 > y0 for x0, y0, x1, y1 in boxes)
     }
     lost = {place for place in touched if sound[place].reason == ""}
     assert lost

@@ -246,6 +246,4 @@ def test_no_flipped_bit_of_the_index_is_read(own_store: Path) -> None:
         data = bytearray(whole)
         data[int(rng.integers(len(whole)))] ^= 1 << int(rng.integers(8))
         index.write_bytes(data)
-        assert store_problems(own_store) == [
-            f"{index}: sha256 differs from index.sha256; run `bony index {own_store}`"
-        ]
+        assert store_problems(own_store) == [f"{index}: sha256 differs from index.sha256; run `bony index {own_store}`"]

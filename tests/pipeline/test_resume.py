@@ -1,0 +1,247 @@
+"""Continuing a run: which one may be, and that a killed one ends exactly as an uninterrupted one does."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from pipeline.checkpoint import list_checkpoints, newest_sound
+from pipeline.commands.parser import pretrain_config
+from pipeline.methods import dino
+from pipeline.monitor import read_metrics
+from pipeline.pretrain import pretrain
+from tiling.errors import StoreError, UsageError
+
+# ---- which RUN may be continued --------------------------------------------------------------------------------------
+
+
+class TinyBackbone(nn.Module):
+    """A fast encoder; which one it is does not matter here."""
+
+    num_features = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, self.num_features)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(images.mean((2, 3))))
+
+
+@pytest.fixture
+def _tiny(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    monkeypatch.setattr(dino, "build_encoder", lambda name, drop_path: TinyBackbone())
+
+
+@pytest.fixture
+def started(_tiny: None, tmp_path: Path, words: Callable[..., list[str]]) -> Iterator[Path]:
+    """A run of 4 steps that has lost its last checkpoint: it stands at step 2."""
+    run = tmp_path / "started"
+    pretrain(pretrain_config(words(run)))
+    shutil.rmtree(run / "checkpoints/step-00000004")
+    return run
+
+
+def test_a_finished_run_is_left_alone(started: Path, words: Callable[..., list[str]]) -> None:
+    pretrain(pretrain_config(words(started)))
+    before = {path: path.read_bytes() for path in started.rglob("*") if path.is_file()}
+    pretrain(pretrain_config(words(started)))
+    assert {path: path.read_bytes() for path in started.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [
+        {"train.batch_per_rank": 4, "train.accumulate": 1},
+        {"train.batch_per_rank": 1, "train.accumulate": 4},
+        {"checkpoint.every": 1, "checkpoint.keep": 9, "train.log_every": 2, "train.threads": 2},
+    ],
+)
+def test_how_the_work_is_spread_may_change(
+    started: Path, words: Callable[..., list[str]], spread: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(pretrain_config(words(started, spread)))
+    assert "step-00000002 at step 2" in capsys.readouterr().err
+    about = json.loads((newest_sound(started) / "state.json").read_bytes())
+    assert (about["step"], about["samples_seen"]) == (4, 16)
+    assert [line["step"] for line in read_metrics(started)] == (
+        [1, 2, 3, 4] if "train.log_every" not in spread else [1, 2, 4]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"method.out_dim": 32}, "method.out_dim = 64, not 32"),
+        ({"optim.lr": 0.01}, "optim.lr = 0.064, not 0.01"),
+        ({"train.steps": 5}, "train.steps = 4, not 5"),
+        ({"train.seed": 1}, "train.seed = 0, not 1"),
+        ({"views.local_crops": 3}, "views.local_crops = 2, not 3"),
+        ({"views.mean": "[0.5,0.5,0.5]"}, "views.mean"),
+        ({"train.batch_per_rank": 4}, "4 samples a step, not 8"),
+        ({"train.accumulate": 3}, "4 samples a step, not 6"),
+    ],
+)
+def test_another_config_is_refused_naming_the_key(
+    started: Path, words: Callable[..., list[str]], changes: dict[str, object], key: str
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in started.rglob("*")}
+    with pytest.raises(UsageError, match=key) as caught:
+        pretrain(pretrain_config(words(started, changes)))
+    assert "\n" not in str(caught.value)
+    assert {path: path.stat().st_mtime_ns for path in started.rglob("*")} == before
+
+
+def test_another_store_is_refused(started: Path, other_store: Path, words: Callable[..., list[str]]) -> None:
+    with pytest.raises(StoreError, match="not what this run was started on"):
+        pretrain(pretrain_config(words(started, data=other_store)))
+
+
+def test_the_same_store_elsewhere_is_accepted(
+    started: Path, store: Path, tmp_path: Path, words: Callable[..., list[str]]
+) -> None:
+    moved = shutil.copytree(store, tmp_path / "moved")
+    pretrain(pretrain_config(words(started, data=moved)))
+    assert newest_sound(started).name == "step-00000004"
+
+
+@pytest.mark.usefixtures("_tiny")
+def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path, words: Callable[..., list[str]]) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UsageError, match="is no run"):
+        pretrain(pretrain_config(words(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_falls_back_past_a_damaged_checkpoint_and_ends_the_same(
+    started: Path, words: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = words(started, {"checkpoint.every": 1})
+    pretrain(pretrain_config(options))
+    straight = load_file(started / "checkpoints/step-00000004/student.safetensors")
+    for name in ("step-00000004/optimizer.safetensors", "step-00000003/teacher.safetensors"):
+        os.truncate(started / "checkpoints" / name, 1000)
+    capsys.readouterr()
+    pretrain(pretrain_config(options))
+    said = capsys.readouterr().err
+    for name in ("step-00000004/optimizer.safetensors", "step-00000003/teacher.safetensors"):
+        assert f"damaged checkpoint passed over: {started}/checkpoints/{name}" in said
+    assert "step-00000002 at step 2" in said
+    assert newest_sound(started).name == "step-00000004"
+    again = load_file(started / "checkpoints/step-00000004/student.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in straight.items())
+    assert [line["step"] for line in read_metrics(started)] == [1, 2, 3, 4]
+
+
+# ---- killed and continued --------------------------------------------------------------------------------------------
+
+LONG = {"model.drop_path": 0.1, "train.steps": 9, "method.freeze_last_layer_epochs": 0.3, "checkpoint.keep": 9}
+
+
+def start(options: list[str], environment: dict[str, str], ranks: int = 1) -> subprocess.Popen[str]:
+    """A real ``bony pretrain``, under torchrun for several ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "pipeline.pretrain"]
+    command = ["-W", "error", "-m", "pipeline.cli", "pretrain"] if ranks == 1 else torchrun
+    return subprocess.Popen([sys.executable, *command, *options], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
+    try:
+        said = process.communicate(timeout=seconds)[1]
+    finally:
+        process.kill()
+    return process.returncode, said
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not any(line["step"] >= step for line in read_metrics(run)):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def children(pid: int) -> list[int]:
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+def require_same_end(straight: Path, continued: Path, steps: int) -> None:
+    """Difference 0 in every tensor, and every figure of every step, once."""
+    ends = [newest_sound(run) for run in (straight, continued)]
+    assert [end.name for end in ends] == [f"step-{steps:08d}"] * 2
+    files = sorted(path.name for path in ends[0].glob("*.safetensors"))
+    assert files == ["method.safetensors", "optimizer.safetensors", "student.safetensors", "teacher.safetensors"]
+    count = 0
+    for name in files:
+        one, other = (load_file(end / name) for end in ends)
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert torch.equal(value, other[key]), f"{name}: {key}"
+            count += 1
+    assert count > 300
+    lines = [read_metrics(run) for run in (straight, continued)]
+    assert [line["step"] for line in lines[1]] == list(range(1, steps + 1))
+    for one, other in zip(*lines, strict=True):
+        assert {**one, "samples_per_s": 0} == {**other, "samples_per_s": 0}
+
+
+def test_killed_and_continued_is_the_uninterrupted_run(
+    words: Callable[..., list[str]], environment: dict[str, str], tmp_path: Path
+) -> None:
+    """36 samples of 33 tiles in 9 steps of 2 micro-batches: the kill is mid-epoch, and the epoch ends mid-step."""
+    straight = start(words(tmp_path / "straight", LONG), environment)
+    killed = start(words(tmp_path / "killed", LONG), environment)
+    try:
+        wait_for_step(tmp_path / "killed", 5, killed)
+        killed.kill()
+        assert finish(killed)[0] == -signal.SIGKILL
+        stopped = [int(folder.name[-8:]) for folder in list_checkpoints(tmp_path / "killed")]
+        assert stopped[0] == 2
+        assert stopped[-1] < 9
+        code, said = finish(start(words(tmp_path / "killed", LONG), environment))
+        assert code == 0, said
+        assert f"continuing from {tmp_path}/killed/checkpoints/step-" in said
+        code, said = finish(straight)
+        assert code == 0, said
+        assert "continuing" not in said
+    finally:
+        straight.kill()
+        killed.kill()
+    require_same_end(tmp_path / "straight", tmp_path / "killed", 9)
+
+
+@pytest.mark.slow
+def test_two_ranks_one_killed_and_continued_is_the_uninterrupted_run(
+    words: Callable[..., list[str]], environment: dict[str, str], tmp_path: Path
+) -> None:
+    options = LONG | {"train.batch_per_rank": 1}
+    straight = start(words(tmp_path / "straight", options), environment, ranks=2)
+    code, said = finish(straight)
+    assert code == 0, said
+    killed = start(words(tmp_path / "killed", options), environment, ranks=2)
+    try:
+        wait_for_step(tmp_path / "killed", 5, killed)
+        members = children(killed.pid)
+        assert len(members) == 2
+        os.kill(members[1], signal.SIGKILL)
+        code, said = finish(killed, seconds=30)
+        assert code not in (0, None)
+        assert not any(Path(f"/proc/{member}").exists() for member in members)
+        code, said = finish(start(words(tmp_path / "killed", options), environment, ranks=2))
+        assert code == 0, said
+        assert "continuing from" in said
+    finally:
+        killed.kill()
+    require_same_end(tmp_path / "straight", tmp_path / "killed", 9)
