@@ -58,6 +58,8 @@ def tile(dataset: Dataset, store: Path, settings: TileSettings, workers: int = 1
     """
     if workers < 1:
         raise UsageError(f"--workers is {workers}, must be at least 1")
+    if not dataset.sources:
+        raise UsageError("no slide to tile")
     start = time.monotonic()
     is_new = not (store / DESCRIPTION).exists()
     prepare(store, Description(settings, dataset.name, dataset.class_names))

@@ -92,6 +92,12 @@ class ArrayWriter:
         self._file, self._offset = None, 0
         self._index[:] = _ABSENT
 
+    def release(self) -> None:
+        """Close the open shard as it is: for a slide that is given up."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
     def close(self) -> None:
         """Finish the last shard and write the metadata."""
         self._end_shard()

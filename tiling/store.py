@@ -95,13 +95,20 @@ def prepare(store: Path, description: Description) -> None:
             raise StoreError(
                 f"store was made with {key} = {theirs[key]}, not {ours[key]}", store, "choose another --out"
             )
-    for key, value in ours["settings"].items():
-        if theirs["settings"][key] != value:
+    made_with = _flat(theirs["settings"])
+    for key, value in _flat(ours["settings"]).items():
+        if made_with[key] != value:
             raise StoreError(
-                f"store was made with {key} = {theirs['settings'][key]}, not {value}",
+                f"store was made with {key} = {made_with[key]}, not {value}",
                 store,
                 "use the same settings, or choose another --out",
             )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by key, each threshold a key of its own; ``thresholds`` itself says whether there are any."""
+    limits = settings["thresholds"] or {}
+    return {**settings, "thresholds": bool(limits), **limits}
 
 
 class _Descriptors:

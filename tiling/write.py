@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,14 @@ class _SlideWriter:
             self._masks.close()
         pq.write_table(rows_table(self.columns, coverage_names, facts), folder / ROWS, compression="zstd")
 
+    def __enter__(self) -> "_SlideWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tiles.release()
+        if self._masks is not None:
+            self._masks.release()
+
     def draw_sheet(self, folder: Path, class_names: tuple[str, ...]) -> None:
         """Write the contact sheet."""
         kept = [
@@ -165,24 +174,21 @@ def _write_slide(folder: Path, source: Source, settings: TileSettings) -> tuple[
     """A slide file: writer, damage, remark."""
     path = source.images[0]
     scheme = SCHEMES[source.provider] if source.provider else None
-    with open_slide(path, settings.slide_mpp) as slide:
+    with ExitStack() as opened:
+        slide = opened.enter_context(open_slide(path, settings.slide_mpp))
         plan = plan_slide(slide, settings)
-        mask = open_slide(source.mask) if source.mask is not None else None
-        writer = _SlideWriter(folder, settings, len(plan.corners), mask is not None)
+        mask = opened.enter_context(open_slide(source.mask)) if source.mask is not None else None
+        writer = opened.enter_context(_SlideWriter(folder, settings, len(plan.corners), mask is not None))
         jpeg = None if plan.cut.resampled else slide.jpeg(plan.cut.level.index)
-        try:
-            for candidate in cut_slide(slide, plan, settings, mask, scheme):
-                writer.add(candidate, jpeg, source.split)
-        finally:
-            if mask is not None:
-                mask.close()
-    damaged = writer.columns["reason"].count(DAMAGED)
-    facts = _facts(
-        source, mpp=plan.cut.mpp, slide_mpp=slide.mpp, level=plan.cut.level.index, span=plan.cut.span,
-        width=slide.levels[0].width, height=slide.levels[0].height, brightfield=plan.brightfield,
-        damaged_tiles=damaged,
-    )  # fmt: skip
-    writer.close(folder, scheme.values if scheme and mask is not None else (), facts)
+        for candidate in cut_slide(slide, plan, settings, mask, scheme):
+            writer.add(candidate, jpeg, source.split)
+        damaged = writer.columns["reason"].count(DAMAGED)
+        facts = _facts(
+            source, mpp=plan.cut.mpp, slide_mpp=slide.mpp, level=plan.cut.level.index, span=plan.cut.span,
+            width=slide.levels[0].width, height=slide.levels[0].height, brightfield=plan.brightfield,
+            damaged_tiles=damaged,
+        )  # fmt: skip
+        writer.close(folder, scheme.values if scheme and mask is not None else (), facts)
     (folder / THUMBNAIL).write_bytes(_thumbnail(plan, writer))
     damage = [f"{damaged} tiles lie on damaged segments and were dropped"] if damaged else []
     if plan.unknown:
@@ -197,33 +203,35 @@ def _thumbnail(plan: Plan, writer: _SlideWriter) -> bytes:
 def _write_images(folder: Path, source: Source, settings: TileSettings) -> tuple[_SlideWriter, str, str]:
     """The tile images of one slide: larger ones are cut, none is filtered."""
     labels = source.image_labels or ()
-    writer = _SlideWriter(folder, settings, len(source.images), with_masks=False)
     broken: list[str] = []
     mpp = 0.0
-    for number, (path, label) in enumerate(zip(source.images, labels, strict=True)):
-        try:
-            with open_slide(path, settings.slide_mpp or settings.mpp) as image:
-                if image.mpp is None:
-                    raise SlideError("tile images do not say their scale", path, "give it with --mpp or --slide-mpp")
-                cut = choose_cut(image.levels, image.mpp, settings.tile_px, settings.mpp, settings.mpp_tolerance)
-                jpeg = None if cut.resampled else image.jpeg(0)
-                pixels = image.read_segment(0, 0)
-        except SlideError as error:
-            broken.append(str(error))
-            continue
-        mpp = cut.mpp
-        for x, y in _centred(cut.level.width, cut.level.height, cut.span):
-            tile = pixels[y : y + cut.span, x : x + cut.span]
-            if cut.resampled:
-                tile = cv2.resize(tile, (cut.px, cut.px), interpolation=cv2.INTER_AREA)
-            tile = np.ascontiguousarray(tile)
-            metrics = filters.measure(tile)
-            tile_row = Candidate(x, y, math.nan, metrics=metrics, tile=tile, label=label, image=number)
-            writer.add(tile_row, jpeg, source.split)
-    if not writer.columns["x"]:
-        smallest = f"images are smaller than {settings.tile_px} px" if not broken else broken[0]
-        raise SlideError(f"no tile can be cut: {smallest}", source.images[0])
-    writer.close(folder, (), _facts(source, mpp=mpp, images=len(source.images)))
+    with _SlideWriter(folder, settings, len(source.images), with_masks=False) as writer:
+        for number, (path, label) in enumerate(zip(source.images, labels, strict=True)):
+            try:
+                with open_slide(path, settings.slide_mpp or settings.mpp) as image:
+                    if image.mpp is None:
+                        raise SlideError(
+                            "tile images do not say their scale", path, "give it with --mpp or --slide-mpp"
+                        )
+                    cut = choose_cut(image.levels, image.mpp, settings.tile_px, settings.mpp, settings.mpp_tolerance)
+                    jpeg = None if cut.resampled else image.jpeg(0)
+                    pixels = image.read_segment(0, 0)
+            except SlideError as error:
+                broken.append(str(error))
+                continue
+            mpp = cut.mpp
+            for x, y in _centred(cut.level.width, cut.level.height, cut.span):
+                tile = pixels[y : y + cut.span, x : x + cut.span]
+                if cut.resampled:
+                    tile = cv2.resize(tile, (cut.px, cut.px), interpolation=cv2.INTER_AREA)
+                tile = np.ascontiguousarray(tile)
+                metrics = filters.measure(tile)
+                tile_row = Candidate(x, y, math.nan, metrics=metrics, tile=tile, label=label, image=number)
+                writer.add(tile_row, jpeg, source.split)
+        if not writer.columns["x"]:
+            smallest = f"images are smaller than {settings.tile_px} px" if not broken else broken[0]
+            raise SlideError(f"no tile can be cut: {smallest}", source.images[0])
+        writer.close(folder, (), _facts(source, mpp=mpp, images=len(source.images)))
     return writer, "; ".join(broken), ""
 
 

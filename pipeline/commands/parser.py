@@ -2,10 +2,12 @@
 
 from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from textwrap import fill
 from typing import NoReturn
 
 from jsonargparse import ArgumentParser as ConfigParser
+from jsonargparse import Namespace
 
 from pipeline.config import PretrainConfig
 from tiling.errors import UsageError
@@ -62,6 +64,9 @@ def pretrain_config(words: Sequence[str]) -> PretrainConfig:
         raise UsageError(f"{flags[0]} stands before --config, which would win over it", do="put --config first")
     try:
         values = parser.parse_args(list(words))
+        for name, section in PretrainConfig.__dataclass_fields__.items():
+            if is_dataclass(section.type) and not isinstance(values[name], Namespace):
+                raise UsageError(f"{name} is {values[name]!r}, must be a section of keys")
         built = parser.instantiate(values)
     except UsageError:
         raise

@@ -92,11 +92,11 @@ def test_tables_kept_apart_from_the_streams(tissue: np.ndarray) -> None:
 
 def test_who_decides_on_the_colour_space(tissue: np.ndarray) -> None:
     plain = jpeg(tissue)  # has a JFIF marker
-    assert codec.jpeg_settings(plain, declared_rgb=True).rgb is False  # type: ignore[union-attr]
+    assert codec.jpeg_settings(plain, declared_rgb=True).rgb is False
     bare = plain[:2] + plain[20:]
     assert plain[2:4] == b"\xff\xe0"
-    assert codec.jpeg_settings(bare).rgb is False  # type: ignore[union-attr]
-    assert codec.jpeg_settings(bare, declared_rgb=True).rgb is True  # type: ignore[union-attr]
+    assert codec.jpeg_settings(bare).rgb is False
+    assert codec.jpeg_settings(bare, declared_rgb=True).rgb is True
 
 
 def test_streams_that_cannot_be_repeated(tissue: np.ndarray) -> None:

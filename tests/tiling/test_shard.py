@@ -1,3 +1,4 @@
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -106,3 +107,14 @@ def test_every_bit_of_a_small_shard_counts(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(DamageError):
             read_all(tmp_path / "items.zarr")
+
+
+def test_an_item_that_was_never_written(tmp_path: Path) -> None:
+    """Zarr would fill it with zeros."""
+    write(tmp_path / "items.zarr", np.ones((2, 4, 4), np.uint8), 3)
+    metadata = json.loads((tmp_path / "items.zarr" / "zarr.json").read_text())
+    metadata["shape"][0] = 3
+    (tmp_path / "items.zarr" / "zarr.json").write_text(json.dumps(metadata))
+    assert not zarr.open_array(tmp_path / "items.zarr", mode="r")[2].any()
+    with pytest.raises(DamageError, match="is absent from its shard"):
+        read_all(tmp_path / "items.zarr")
