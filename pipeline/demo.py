@@ -1,5 +1,6 @@
 """The whole main job in one command, on made slides or on a PANDA-layout folder, ending with a page to look at."""
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def demo(out: Path, slides: Path | None, quick: bool) -> dict[str, Any]:
     root = slides or _cohort(out / "slides", size)
     dataset = datasets.panda(root)
     say(f"1/4 tiling {root} -> {out / 'store'}")
-    tiling_run.tile(dataset, out / "store", TileSettings(), workers=2)
+    tiling_run.tile(dataset, out / "store", TileSettings(), workers=len(os.sched_getaffinity(0)))
     found = audit.store_problems(out / "store")
     if found:
         raise BonyError(f"the store is damaged: {found[0]}")

@@ -1,5 +1,6 @@
 """One slide to tiles: tissue mask, grid, decode once, filters, labels. No output here: candidates are yielded."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,7 @@ from tiling.slide import Slide
 from tiling.tissue import is_brightfield, tissue_fraction, tissue_mask
 
 NO_TISSUE, DAMAGED = "tissue", "damaged"
+_MCU = 16
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,7 @@ def cut_slide(
         if tile is None:
             yield replace(place, reason=DAMAGED)
             continue
-        if cut.resampled:
-            tile = cv2.resize(tile, (cut.px, cut.px), interpolation=cv2.INTER_AREA)
+        tile = _to_size(tile, cut)
         metrics = filters.measure(tile)
         decoded = replace(place, metrics=metrics, tile=tile)
         reason = filters.verdict(metrics, limits) if limits is not None else ""
@@ -146,6 +147,43 @@ def _labelled(
         values = cv2.resize(values, (cut.px, cut.px), interpolation=cv2.INTER_NEAREST)
     label = labels.label(shares, scheme, settings.min_label_share)
     return replace(candidate, mask=values, coverage=tuple(float(share) for share in shares), label=label)
+
+
+def cut_image(image: Slide, settings: TileSettings, number: int, label: int) -> tuple[Cut, list[Candidate]]:
+    """Every whole tile of a tile image that others have chosen and labelled: measured, not filtered.
+
+    What is left over is shared between both sides, on the JPEG's 16-pixel grid.
+
+    Args:
+        image: The opened image.
+        settings: Tile side and scale.
+        number: Which image of its slide it is.
+        label: Its class.
+
+    Raises:
+        SlideError: The image does not say its scale and none was given, or does not decode.
+        GridError: It is coarser than the target.
+    """
+    if image.mpp is None:
+        raise SlideError("tile images do not say their scale", image.path, "give it with --mpp or --slide-mpp")
+    cut = choose_cut(image.levels, image.mpp, settings.tile_px, settings.mpp, settings.mpp_tolerance)
+    width, height = cut.level.width, cut.level.height
+    margin = tuple(side % cut.span // 2 // _MCU * _MCU if side >= cut.span else 0 for side in (width, height))
+    reader = row_reader(image, cut.level)
+    candidates = []
+    for x, y in tile_corners(width, height, cut.span, (margin[0], margin[1])):
+        tile = reader.cut(int(x), int(y), cut.span)
+        if tile is None:
+            raise SlideError(next(iter(reader.damaged.values())), image.path)
+        tile = _to_size(tile, cut)
+        place = Candidate(int(x), int(y), math.nan, image=number, label=label)
+        candidates.append(replace(place, metrics=filters.measure(tile), tile=tile))
+    return cut, candidates
+
+
+def _to_size(tile: np.ndarray, cut: Cut) -> np.ndarray:
+    """A tile at its stored size, by area mean."""
+    return np.asarray(cv2.resize(tile, (cut.px, cut.px), interpolation=cv2.INTER_AREA)) if cut.resampled else tile
 
 
 def row_reader(slide: Slide, level: Level) -> RowReader:

@@ -26,16 +26,19 @@ QUARANTINE = "quarantine.jsonl"
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did: one outcome per source, and how long it took."""
+    """What a run did.
+
+    Args:
+        store: The store.
+        outcomes: One per source, by slide id.
+        quarantined: Ids of the sources that quarantine.jsonl lists: left out, or damaged in part, now or earlier.
+        seconds: How long it took.
+    """
 
     store: Path
     outcomes: tuple[Outcome, ...]
+    quarantined: tuple[str, ...]
     seconds: float
-
-    @property
-    def quarantined(self) -> tuple[Outcome, ...]:
-        """Slides left out, and slides with damaged parts."""
-        return tuple(outcome for outcome in self.outcomes if outcome.problem)
 
 
 def tile(dataset: Dataset, store: Path, settings: TileSettings, workers: int = 1) -> Summary:
@@ -76,9 +79,10 @@ def tile(dataset: Dataset, store: Path, settings: TileSettings, workers: int = 1
     if is_new and not slide_folders(store):
         shutil.rmtree(store)
         raise BonyError(f"no slide could be tiled; the first one: {outcomes[0].problem}", do="no store was left")
-    _record_quarantine(store, outcomes)
+    listed = _record_quarantine(store, outcomes)
     build_index(store)
-    return Summary(store, tuple(outcomes), time.monotonic() - start)
+    quarantined = tuple(outcome.slide_id for outcome in outcomes if outcome.slide_id in listed)
+    return Summary(store, tuple(outcomes), quarantined, time.monotonic() - start)
 
 
 def _outcomes(dataset: Dataset, store: Path, settings: TileSettings, workers: int) -> Iterator[Outcome]:
@@ -119,8 +123,12 @@ def attempt(store: Path, source: Source, settings: TileSettings, class_names: tu
         return Outcome(source.slide_id, problem=str(error), written=False)
 
 
-def _record_quarantine(store: Path, outcomes: list[Outcome]) -> None:
-    """Write STORE/quarantine.jsonl: the problems of this run, and older ones of slides it did not touch."""
+def _record_quarantine(store: Path, outcomes: list[Outcome]) -> set[str]:
+    """Write STORE/quarantine.jsonl: the problems of this run, and older ones of slides it did not touch.
+
+    Returns:
+        The ids of all slides listed.
+    """
     path = store / QUARANTINE
     older = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     redone = {outcome.slide_id for outcome in outcomes if not outcome.skipped}
@@ -133,3 +141,4 @@ def _record_quarantine(store: Path, outcomes: list[Outcome]) -> None:
     lines.sort(key=lambda entry: entry["slide_id"])
     if lines or path.exists():
         atomic.write_bytes(path, "".join(json.dumps(entry) + "\n" for entry in lines).encode())
+    return {entry["slide_id"] for entry in lines}

@@ -56,7 +56,7 @@ class ArrayWriter:
 
     Args:
         folder: Made here; part of a box that the caller seals.
-        most: Upper bound of the number of items; shards hold as many, up to MAX_SHARD_ITEMS.
+        most: Number of items expected; a shard holds as many, up to MAX_SHARD_ITEMS. More go to further shards.
         item_shape: Shape of one decoded item.
         codec: Name of the item codec (``tiling.codec.CODECS``).
     """

@@ -1,22 +1,18 @@
 """One source into one folder of the store: cut, encode, write, draw, seal, rename."""
 
-import math
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow.parquet as pq
 
-from tiling import atomic, codec, filters, pictures
-from tiling.cut import DAMAGED, Candidate, Plan, cut_slide, plan_slide
+from tiling import atomic, codec, pictures
+from tiling.cut import DAMAGED, Candidate, Plan, cut_image, cut_slide, plan_slide
 from tiling.datasets import Source
 from tiling.errors import SlideError
-from tiling.grid import choose_cut, tile_corners
 from tiling.index import ROWS, SLIDES, rows_table
 from tiling.labels import SCHEMES
 from tiling.settings import TileSettings
@@ -26,7 +22,6 @@ from tiling.store import MASK_CODEC, MASKS, TILES, WORK
 
 THUMBNAIL, SHEET = "thumbnail.jpg", "contact.jpg"
 _SHEET_KEPT, _SHEET_REJECTED_EACH = 32, 8
-_MCU = 16
 
 
 @dataclass(frozen=True)
@@ -209,34 +204,16 @@ def _write_images(folder: Path, source: Source, settings: TileSettings) -> tuple
         for number, (path, label) in enumerate(zip(source.images, labels, strict=True)):
             try:
                 with open_slide(path, settings.slide_mpp or settings.mpp) as image:
-                    if image.mpp is None:
-                        raise SlideError(
-                            "tile images do not say their scale", path, "give it with --mpp or --slide-mpp"
-                        )
-                    cut = choose_cut(image.levels, image.mpp, settings.tile_px, settings.mpp, settings.mpp_tolerance)
+                    cut, candidates = cut_image(image, settings, number, label)
                     jpeg = None if cut.resampled else image.jpeg(0)
-                    pixels = image.read_segment(0, 0)
             except SlideError as error:
                 broken.append(str(error))
                 continue
             mpp = cut.mpp
-            for x, y in _centred(cut.level.width, cut.level.height, cut.span):
-                tile = pixels[y : y + cut.span, x : x + cut.span]
-                if cut.resampled:
-                    tile = cv2.resize(tile, (cut.px, cut.px), interpolation=cv2.INTER_AREA)
-                tile = np.ascontiguousarray(tile)
-                metrics = filters.measure(tile)
-                tile_row = Candidate(x, y, math.nan, metrics=metrics, tile=tile, label=label, image=number)
-                writer.add(tile_row, jpeg, source.split)
+            for candidate in candidates:
+                writer.add(candidate, jpeg, source.split)
         if not writer.columns["x"]:
             smallest = f"images are smaller than {settings.tile_px} px" if not broken else broken[0]
             raise SlideError(f"no tile can be cut: {smallest}", source.images[0])
         writer.close(folder, (), _facts(source, mpp=mpp, images=len(source.images)))
     return writer, "; ".join(broken), ""
-
-
-def _centred(width: int, height: int, span: int) -> Iterator[tuple[int, int]]:
-    """Corners of whole tiles with the left-over shared between both sides, on the JPEG's 16-pixel grid."""
-    left, top = (size % span // 2 // _MCU * _MCU if size >= span else 0 for size in (width, height))
-    for x, y in tile_corners(width, height, span, (left, top)):
-        yield int(x), int(y)

@@ -177,12 +177,20 @@ def test_damage_in_the_overview_is_told(own_cohort: Path, tmp_path: Path, cohort
     source = datasets.panda(own_cohort).sources[0]
     spoil(source.images[0], 0, level=2)
     summary = tile(replace(datasets.panda(own_cohort), sources=(source,)), tmp_path / "store", TileSettings())
-    (outcome,) = summary.quarantined
+    (outcome,) = [outcome for outcome in summary.outcomes if outcome.slide_id in summary.quarantined]
     assert outcome.written
     assert outcome.problem == "100.00% of its overview does not decode: filters alone judged the tiles there"
     sound = {place for place, row in rows_of(cohort_store, source.slide_id).items() if row["kept"]}
     found = {place for place, row in rows_of(tmp_path / "store", source.slide_id).items() if row["kept"]}
     assert sound <= found
+
+
+def test_damage_found_earlier_is_still_told(own_cohort: Path, tmp_path: Path, spoil: Spoil) -> None:
+    """A second run finds the slide complete; what is missing in it is still missing."""
+    source = datasets.panda(own_cohort).sources[0]
+    spoil(source.images[0], 1)
+    words = ("--dataset", "panda", "--root", own_cohort, "--out", tmp_path / "store")
+    assert [bony_tile(*words), bony_tile(*words)] == [3, 3]
 
 
 def test_a_damaged_mask_loses_the_tiles_on_it(own_cohort: Path, tmp_path: Path, spoil: Spoil) -> None:
