@@ -56,7 +56,7 @@ class BatchNorm(_BatchNorm):
         sums = _SumOverRanks.apply(torch.cat([shifted.sum(dims), shifted.square().sum(dims), count]))
         total, squares, number = sums.split([self.num_features, self.num_features, 1])
         mean = total / number
-        variance = squares / number - mean.square()
+        variance = (squares / number - mean.square()).clamp(min=0)  # rounding may take it below
         with torch.no_grad():
             unbiased = variance * number / (number - 1).clamp(min=1)
             self.running_mean.lerp_((mean + shift.flatten()).to(self.running_mean.dtype), self.momentum)

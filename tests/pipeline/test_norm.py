@@ -58,13 +58,15 @@ def worker(folder: Path) -> None:
             torch.save(found, folder / f"{dtype}-{runtime.rank}.pt".removeprefix("torch."))
         half = affine(BatchNorm(CHANNELS), torch.float32)(made(torch.bfloat16)[0][0][rows])
         torch.save(half.detach(), folder / f"half-{runtime.rank}.pt")
+        flat = torch.linspace(4.3, 97.1, CHANNELS).view(1, -1, 1, 1).expand(8, -1, 9, 11)[rows]
+        torch.save(BatchNorm(CHANNELS)(flat).detach(), folder / f"flat-{runtime.rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory, ranks: Callable[..., None]) -> dict[str, list]:
     folder = tmp_path_factory.mktemp("norm")
     ranks(__file__, 2, folder)
-    names = ("float64", "float32", "half")
+    names = ("float64", "float32", "half", "flat")
     return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in names}
 
 
@@ -93,6 +95,11 @@ def test_half_precision_inputs_have_float32_statistics(parts: dict[str, list]) -
     assert found.dtype == torch.bfloat16
     # bfloat16 keeps 8 bits: rounding the exact result is all that may have happened.
     assert torch.all((found.float() - expected).abs() <= 2**-8 * expected.abs() + 1e-6)
+
+
+def test_a_channel_without_variance_gives_zeros_not_nan(parts: dict[str, list]) -> None:
+    """Glass: every pixel the same, far from 0, where rounding can make E[x^2] - E[x]^2 negative."""
+    assert torch.cat(parts["flat"]).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("training", [True, False])
