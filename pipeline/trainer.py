@@ -91,11 +91,11 @@ class Trainer:
             settings.mean, settings.std, dtype,
         )  # fmt: skip
 
-    def gradients(self, batches: Iterator[Batch], step: int) -> dict[str, torch.Tensor]:
-        """Accumulate the gradient of one optimizer step; returns figures averaged over micro-batches and ranks.
+    def gradients(self, batches: Iterator[Batch], step: int) -> tuple[dict[str, torch.Tensor], list[Batch]]:
+        """Accumulate the gradient of one optimizer step.
 
-        Raises:
-            BonyError: The loss is not finite on some rank; nothing but BatchNorm statistics has changed.
+        Returns:
+            This rank's figures averaged over its micro-batches, and the micro-batches.
         """
         accumulate = self.config.train.accumulate
         self.optimizer.zero_grad(set_to_none=True)
@@ -111,7 +111,7 @@ class Trainer:
                 torch.autograd.backward(loss / accumulate)
             for name, value in {"loss": loss.detach(), **more}.items():
                 figures[name] = figures.get(name, 0) + value / accumulate
-        return self._agreed(figures, step, seen)
+        return figures, seen
 
     def _sync(self, last: bool) -> AbstractContextManager[object]:
         """Ranks exchange gradients with the last micro-batch only."""
@@ -120,16 +120,22 @@ class Trainer:
         return self.wrapped.no_sync()
 
     def _agreed(self, figures: dict[str, torch.Tensor], step: int, seen: list[Batch]) -> dict[str, torch.Tensor]:
-        """Figures averaged over all ranks; a loss that is not finite on one rank is not finite in the average."""
+        """Figures averaged over all ranks; what is not finite on one rank is not finite in the average.
+
+        Raises:
+            BonyError: The loss of some rank, or the gradient, is not finite.
+        """
         own = torch.stack([value.to(figures["loss"].dtype) for value in figures.values()])
         means = self.runtime.sum(own) / self.runtime.world
         mean = dict(zip(figures, means.unbind(), strict=True))
-        if not bool(torch.isfinite(mean["loss"])):
+        if not bool(torch.isfinite(mean["loss"] + mean["grad_norm"])):
+            loss_is_finite = bool(torch.isfinite(mean["loss"]))
+            elsewhere = not loss_is_finite and bool(torch.isfinite(figures["loss"]))
             tiles = [int(number) for batch in seen for number in batch.ids][:16]
-            finite_here = bool(torch.isfinite(figures["loss"]))
-            here = "finite on this one" if finite_here else f"not finite on this one, whose tiles begin with {tiles}"
+            here = "it is finite here" if elsewhere else f"tiles here begin with {tiles}"
+            what = "gradient" if loss_is_finite else "loss"
             raise BonyError(
-                f"loss is not finite at step {step} (rank {self.runtime.rank}: {here})",
+                f"{what} is not finite at step {step} (rank {self.runtime.rank}: {here})",
                 self.config.out,
                 "nothing was updated; lower optim.lr or optim.lr_cap and continue from the last checkpoint",
             )
@@ -142,11 +148,15 @@ class Trainer:
 
         Returns:
             Mean figures over micro-batches and ranks, on the device; this step's schedule values.
+
+        Raises:
+            BonyError: Loss or gradient is not finite on some rank; nothing but BatchNorm statistics has changed.
         """
-        figures = self.gradients(batches, step)
+        figures, seen = self.gradients(batches, step)
         self.method.before_update(epoch)
         optim = self.config.optim
         figures["grad_norm"] = clip_gradients(self.method.student.parameters(), optim.clip, optim.clip_mode)
+        figures = self._agreed(figures, step, seen)
         now = set_schedules(self.optimizer, self.config, step, self.lr)
         self.optimizer.step()
         self.method.after_update(step, self.config.train.steps, self.runtime)

@@ -1,6 +1,6 @@
 """Argument parsing for all commands: errors are one line and exit code 2."""
 
-from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentError, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from textwrap import fill
@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from jsonargparse import ArgumentParser as ConfigParser
 from jsonargparse import Namespace
+from yaml import YAMLError
 
 from pipeline.config import PretrainConfig
 from tiling.errors import UsageError
@@ -68,10 +69,7 @@ def pretrain_config(words: Sequence[str]) -> PretrainConfig:
             if is_dataclass(section.type) and not isinstance(values[name], Namespace):
                 raise UsageError(f"{name} is {values[name]!r}, must be a section of keys")
         built = parser.instantiate(values)
-    except UsageError:
-        raise
-    except Exception as error:
-        # jsonargparse raises argparse, yaml, type and value errors of its own, all about what the user wrote.
+    except (ArgumentError, YAMLError, OSError, TypeError, ValueError) as error:
         text = " ".join(str(error).split())
         raise UsageError(text, do="see `bony pretrain --help`") from error
     fields = {name: built[name] for name in PretrainConfig.__dataclass_fields__}

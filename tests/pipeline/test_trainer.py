@@ -261,6 +261,22 @@ def test_nan_loss_names_step_and_tiles_and_changes_nothing(words: Callable[..., 
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_gradient_that_is_not_finite_changes_nothing(words: Callable[..., list[str]], tmp_path: Path) -> None:
+    """A finite loss may have a gradient that is not: sqrt at 0."""
+    trainer = made_trainer(words(tmp_path))
+    before, honest = state_hash(trainer), trainer.method.loss
+
+    def steep(student: nn.Module, views: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, figures = honest(student, views)
+        return loss + (loss - loss.detach()).abs().sqrt(), figures
+
+    trainer.method.loss = steep
+    with pytest.raises(BonyError, match=r"gradient is not finite at step 0 .*\[0, 1, 2, 3\]"):
+        trainer.step(iter([made_batch(0, 2), made_batch(2, 2)]), 0, epoch=1.0)
+    assert state_hash(trainer) == before
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_bf16_step_keeps_parameters_in_float32(words: Callable[..., list[str]], tmp_path: Path) -> None:
     trainer = made_trainer(words(tmp_path, {"train.precision": "bf16"}))
     seen = []
