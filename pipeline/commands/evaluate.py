@@ -39,7 +39,7 @@ def show(result: dict[str, Any]) -> None:
     """Print the result table."""
     test, counts = result["metrics"]["test"], result["counts"]["test"]
     place = f"test part, {counts['tiles']} tiles of {counts['slides']} slides"
-    table = Table(title=f"{result['task']}, {result['protocol']} protocol: {place}")
+    table = Table(min_width=76, title=f"{result['task']}, {result['protocol']} protocol: {place}")
     for name in ("class", "tiles", "precision", "recall", "F1"):
         table.add_column(name, justify="left" if name == "class" else "right")
     for row in test["per_class"]:
