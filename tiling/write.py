@@ -14,7 +14,7 @@ from tiling.cut import DAMAGED, Candidate, Plan, cut_image, cut_slide, plan_slid
 from tiling.datasets import Source
 from tiling.errors import SlideError
 from tiling.index import ROWS, SLIDES, rows_table
-from tiling.labels import SCHEMES
+from tiling.labels import SCHEMES, UNLABELLED
 from tiling.settings import TileSettings
 from tiling.shard import ArrayWriter
 from tiling.slide import open_slide
@@ -67,7 +67,7 @@ class _SlideWriter:
         self.sample: list[tuple[np.ndarray, int]] = []
         self.rejected: dict[str, list[np.ndarray]] = {}
         self.bytes = 0
-        self._every = max(1, most // _SHEET_KEPT)
+        self._every = 1
 
     def add(self, candidate: Candidate, jpeg: codec.JpegSettings | None, split: str | None) -> None:
         """Store one candidate: its row always, its pixels when kept."""
@@ -91,6 +91,8 @@ class _SlideWriter:
         self.bytes += len(data)
         if self._tiles.count % self._every == 0:
             self.sample.append((candidate.tile, candidate.label))
+            if len(self.sample) == 2 * _SHEET_KEPT:  # half as many, twice as far apart: an even sample of any slide
+                self.sample, self._every = self.sample[::2], 2 * self._every
         self._tiles.append(data)
         if self._masks is not None:
             if candidate.mask is None:
@@ -114,15 +116,16 @@ class _SlideWriter:
 
     def draw_sheet(self, folder: Path, class_names: tuple[str, ...]) -> None:
         """Write the contact sheet."""
-        kept = [
-            (
-                tile,
-                class_names[label] if 0 <= label < len(class_names) else "unlabelled" if class_names else "",
-            )
-            for tile, label in self.sample[:_SHEET_KEPT]
-        ]
+        shown = np.linspace(0, len(self.sample) - 1, min(_SHEET_KEPT, len(self.sample))).round().astype(int)
+        kept = [(self.sample[number][0], _caption(self.sample[number][1], class_names)) for number in shown]
         rejected = [(tile, reason) for reason, tiles in sorted(self.rejected.items()) for tile in tiles]
         (folder / SHEET).write_bytes(pictures.contact_sheet(kept, rejected))
+
+
+def _caption(label: int, class_names: tuple[str, ...]) -> str:
+    if not class_names:
+        return ""
+    return "unlabelled" if label == UNLABELLED else class_names[label]
 
 
 def write_source(store: Path, source: Source, settings: TileSettings, class_names: tuple[str, ...]) -> Outcome:
