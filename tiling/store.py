@@ -125,6 +125,7 @@ class _Descriptors:
         held: list[int] = []
 
         def opener(path: Path) -> int:
+            """An open descriptor of a file."""
             with self._lock:
                 descriptor = self._open.pop(path, None)
                 if descriptor is None:

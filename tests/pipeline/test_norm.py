@@ -25,9 +25,9 @@ def made(dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 def affine(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The layer with a weight and bias that are not 1 and 0."""
-    layer.load_state_dict(
-        {"weight": torch.linspace(0.5, 2, CHANNELS), "bias": torch.linspace(-1, 1, CHANNELS)}, strict=False
-    )
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(0.5, 2, CHANNELS))
+        layer.bias.copy_(torch.linspace(-1, 1, CHANNELS))
     return layer.to(dtype)
 
 
@@ -67,7 +67,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory, ranks: Callable[..., None]) 
     folder = tmp_path_factory.mktemp("norm")
     ranks(__file__, 2, folder)
     names = ("float64", "float32", "half", "flat")
-    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)] for name in names}
+    return {name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)] for name in names}
 
 
 @pytest.mark.parametrize(("name", "limit"), [("float64", 1e-12), ("float32", 2e-6)])

@@ -143,7 +143,7 @@ def spread(
     """What two ranks of 2 samples did."""
     folder = tmp_path_factory.mktemp("ranks")
     ranks(__file__, 2, folder / "rank", *words(folder / "run", SHARED | {"train.batch_per_rank": 2}))
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)]
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 @pytest.fixture
