@@ -4,8 +4,8 @@ import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,18 +94,13 @@ def _outcomes(dataset: Dataset, store: Path, settings: TileSettings, workers: in
     # spawn: forked children would inherit threads and locks of imagecodecs and OpenCV.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-        futures = {pool.submit(attempt, *job): job[1] for job in jobs}
-        yield from _collect(as_completed(futures), futures)
-
-
-def _collect(finished: Iterable[Future[Outcome]], sources: dict[Future[Outcome], Source]) -> Iterator[Outcome]:
-    for future in finished:
         try:
-            yield future.result()
+            for future in as_completed([pool.submit(attempt, *job) for job in jobs]):
+                yield future.result()
         except BrokenProcessPool as error:
             raise BonyError(
                 "a worker process died (killed, or out of memory)",
-                sources[future].slide_id,
+                store,
                 "run the same command again: finished slides are kept; use fewer --workers if memory was short",
             ) from error
 

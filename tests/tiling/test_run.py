@@ -2,7 +2,12 @@
 
 import gc
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +27,8 @@ from tiling.index import fingerprint, read_index
 from tiling.run import tile
 from tiling.settings import TileSettings
 from tiling.store import TileStore
+
+BONY = Path(sys.executable).with_name("bony")
 
 Files = Callable[[Path], dict[str, str]]
 Spoil = Callable[..., tuple[int, int, int, int]]
@@ -254,6 +261,29 @@ def test_a_worker_error_is_the_same_in_a_process(cohort: Path, tmp_path: Path) -
         assert bony_tile(slides, "--out", tmp_path / str(workers), "--workers", workers) == 3
     assert quarantine(tmp_path / "1") == quarantine(tmp_path / "2")
     assert set(quarantine(tmp_path / "1")) == {"text"}
+
+
+def test_a_killed_worker_is_told_and_the_rest_is_kept(cohort: Path, cohort_store: Path, tmp_path: Path) -> None:
+    """SIGKILL to one worker of a real run: exit code 1 and one line; the same command then finishes the store."""
+    words = [BONY, "tile", "--dataset", "panda", "--root", cohort, "--out", tmp_path / "store", "--workers", "2"]
+    run = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (victims := workers_of(run.pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(victims[0], signal.SIGKILL)
+    _, complaint = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert "a worker process died" in complaint.splitlines()[-1]
+    assert subprocess.run(words, check=False, capture_output=True).returncode == 0
+    assert store_problems(tmp_path / "store") == []
+    assert fingerprint(tmp_path / "store") == fingerprint(cohort_store)
+
+
+def workers_of(pid: int) -> list[int]:
+    """Spawned workers of a process: its children but multiprocessing's resource tracker."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def test_the_index_can_be_rebuilt(own_store: Path, files: Files, capsys: pytest.CaptureFixture[str]) -> None:
