@@ -1,6 +1,7 @@
 """One optimizer step as one unit: accumulate, check, clip, update, then what the method updates."""
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -81,6 +82,8 @@ class Trainer:
         self.lr = effective_lr(config.optim.lr, global_batch(config, runtime.world), config.optim.lr_cap)
         self.wrapped: nn.Module = method.student
         if runtime.world > 1:
+            # DDP warns of XCiT's depth-wise kernels (C, 1, 3, 3): the stride of a dimension of 1 says nothing.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             self.wrapped = DistributedDataParallel(method.student, gradient_as_bucket_view=True, **_KEEP_BUFFERS)
 
     def views(self, batch: Batch) -> list[torch.Tensor]:

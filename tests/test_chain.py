@@ -32,7 +32,7 @@ def chain(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("bony", "index", store)
     run("bony", "verify", store)
     config = ["--config", "jobs/configs/demo.yaml", "--data", store, "--out", out / "run", *SHORT]
-    run("torchrun", "--nproc-per-node", 2, "-m", "pipeline.pretrain", *config)
+    assert "Warning" not in run("torchrun", "--nproc-per-node", 2, "-m", "pipeline.pretrain", *config).stderr
     run("bony", "embed", "--encoder", out / "run", "--data", store, "--out", out / "features")
     places = ["--data", store, "--features", out / "features"]
     run("bony", "evaluate", "panda", *places, "--out", out / "result")
