@@ -17,6 +17,8 @@ from tiling.slide import Slide
 from tiling.tissue import is_brightfield, tissue_fraction, tissue_mask
 
 NO_TISSUE, DAMAGED = "tissue", "damaged"
+# Lumina of large benign glands and small vessels are about this large.
+LARGEST_HOLE_UM2 = 30_000.0
 _MCU = 16
 
 
@@ -85,7 +87,9 @@ def plan_slide(slide: Slide, settings: TileSettings) -> Plan:
     boxes = np.concatenate([corners, corners + cut.span], axis=1)
     downsample = cut.level.width / overview.shape[1], cut.level.height / overview.shape[0]
     # What cannot be seen may be tissue: its tiles are cut, and listed as damaged where they do not decode either.
-    share = tissue_fraction(tissue_mask(overview) | unknown, boxes, downsample)
+    overview_mpp = slide.mpp * slide.levels[0].width / overview.shape[1]
+    mask = tissue_mask(overview, LARGEST_HOLE_UM2 / overview_mpp**2)
+    share = tissue_fraction(mask | unknown, boxes, downsample)
     limits = settings.thresholds
     touched = share > 0 if limits is not None and limits.min_tissue > 0 else np.ones(len(share), bool)
     brightfield = is_brightfield(overview)

@@ -15,14 +15,16 @@ def is_brightfield(rgb: np.ndarray) -> bool:
     return bool(np.percentile(rgb.min(axis=2), 90) > DARK_BACKGROUND)
 
 
-def tissue_mask(rgb: np.ndarray) -> np.ndarray:
+def tissue_mask(rgb: np.ndarray, largest_hole: float = 0.0) -> np.ndarray:
     """Where there is tissue.
 
-    Otsu's threshold (Otsu 1979) on smoothed saturation, bounded to ``SATURATION_RANGE``, then closing of small holes
-    such as gland lumina and removal of specks.
+    Otsu's threshold (Otsu 1979) on smoothed saturation, bounded to ``SATURATION_RANGE``, then closing of narrow gaps,
+    removal of specks, and filling of holes: a gland's lumen belongs to the tissue around it (as in CLAM, Lu et al.
+    2021); tiles that are mostly lumen are the emptiness filter's to judge.
 
     Args:
         rgb: Overview of the slide, uint8, shape (H, W, 3).
+        largest_hole: Area up to which holes are filled, in pixels of the overview.
 
     Returns:
         Mask, bool, shape (H, W).
@@ -33,7 +35,18 @@ def tissue_mask(rgb: np.ndarray) -> np.ndarray:
     mask = (saturation > np.clip(otsu, *SATURATION_RANGE)).astype(np.uint8)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (SMOOTHING, SMOOTHING))
     mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, kernel)
-    return cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel).astype(bool)
+    mask = cv2.morphologyEx(mask, cv2.MORPH_OPEN, kernel)
+    return _filled(mask.astype(bool), largest_hole)
+
+
+def _filled(mask: np.ndarray, largest: float) -> np.ndarray:
+    """The mask with its holes of up to ``largest`` pixels filled; what reaches the edge is no hole."""
+    count, parts, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=4)
+    is_hole = stats[:, cv2.CC_STAT_AREA] <= largest
+    is_hole[0] = False  # part 0 is the tissue
+    for edge in (parts[0], parts[-1], parts[:, 0], parts[:, -1]):
+        is_hole[edge] = False
+    return np.asarray(mask | is_hole[parts]) if count > 1 else mask
 
 
 def tissue_fraction(mask: np.ndarray, boxes: np.ndarray, downsample: tuple[float, float]) -> np.ndarray:

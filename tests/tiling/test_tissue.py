@@ -58,3 +58,24 @@ def test_brightfield(shared_data: Path) -> None:
     for name, expected in (("CMU-1-Small-Region.svs", True), ("test3-DAPI-2-387.ndpi", False)):
         with open_slide(shared_data / "wsi" / name) as slide:
             assert is_brightfield(slide.overview()[0]) is expected
+
+
+def test_holes_up_to_the_limit_are_filled_and_bays_are_not() -> None:
+    """A lumen of 40 x 40, a hole of 80 x 80, and glass that reaches the edge, in one piece of tissue."""
+    picture = np.full((400, 400, 3), (200, 120, 180), np.uint8)
+    picture[50:90, 50:90] = 243
+    picture[200:280, 100:180] = 243
+    picture[0:30, 300:330] = 243
+    plain, filled = tissue_mask(picture), tissue_mask(picture, 2000)
+    assert not plain[60:80, 60:80].any()
+    assert filled[50:90, 50:90].all()
+    assert not filled[210:270, 110:170].any()
+    assert not filled[0:25, 305:325].any()
+    assert tissue_mask(picture, 8000)[200:280, 100:180].all()
+    assert (plain <= filled).all()
+
+
+def test_filling_leaves_glass_and_whole_tissue_alone() -> None:
+    glass = np.full((100, 100, 3), 243, np.uint8)
+    assert not tissue_mask(glass, 1e9).any()
+    assert tissue_mask(np.full((100, 100, 3), (200, 120, 180), np.uint8), 1e9).all()
