@@ -3,7 +3,6 @@
 A checkpoint holds no random state: what is random is a function of seed, step and sample (DESIGN.md, rule 3).
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from tiling import atomic
+from tiling.described import described, read_described
 from tiling.errors import CheckpointError
 from tiling.progress import say
 
 FOLDER, LATEST, STATE, WORK = "checkpoints", "latest", "state.json", "work"
 OPTIMIZER, METHOD_STATE = "optimizer", "method"
-FORMAT_VERSION = 1
+KIND, FORMAT_VERSION = "checkpoint", 1
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,8 @@ def save(
             write_tensors(folder / f"{name}.safetensors", network.state_dict())
         write_tensors(folder / f"{METHOD_STATE}.safetensors", state)
         write_tensors(folder / f"{OPTIMIZER}.safetensors", _optimizer_tensors(optimizer))
-        description = {
-            "format": "bony-checkpoint",
-            "format_version": FORMAT_VERSION,
-            "step": position.step,
-            "samples_seen": position.samples_seen,
-            **about,
-        }
+        values = {"step": position.step, "samples_seen": position.samples_seen, **about}
+        description = described(KIND, FORMAT_VERSION, values)
         atomic.write_json(folder / STATE, description)
     atomic.write_bytes(run / FOLDER / LATEST, f"{final.name}\n".encode())
     # Newer ones are damaged, or this run would have been continued from them: they must not push sound ones out.
@@ -130,14 +125,10 @@ def read_state(folder: Path) -> dict[str, Any]:
         CheckpointError: It is of another format version.
     """
     atomic.require_sound(folder)
-    value: dict[str, Any] = json.loads((folder / STATE).read_bytes())
-    if value.get("format") != "bony-checkpoint" or value.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"format version {value.get('format_version')}, this software reads {FORMAT_VERSION}",
-            folder,
-            "use the version of bony that wrote it",
-        )
-    return value
+    redo = "use the version of bony that wrote it"
+    return read_described(
+        folder / STATE, KIND, FORMAT_VERSION, CheckpointError, ("make one with `bony pretrain`", redo)
+    )
 
 
 def _fitting(folder: Path, name: str, network: nn.Module) -> dict[str, torch.Tensor]:

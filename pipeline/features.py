@@ -4,7 +4,6 @@ FEATURES/features.json says which encoder, store, normalisation and scale; FEATU
 array per tap (``head``, ``cls``) whose rows are the slide's kept tiles, and is whole or not there at all.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from tiling import atomic
+from tiling.described import described, read_described
 from tiling.errors import FeatureError
 from tiling.store import TileStore
 
 DESCRIPTION, SLIDES, WORK = "features.json", "slides", "work"
-FORMAT_VERSION = 1
+KIND, FORMAT_VERSION = "feature store", 1
 _ROWS_PER_CHUNK = 256
 
 
@@ -53,7 +53,7 @@ class FeatureDescription:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         values = asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
-        return {"format": "bony-feature-store", "format_version": FORMAT_VERSION, **values}
+        return described(KIND, FORMAT_VERSION, values)
 
 
 def read_description(path: Path) -> FeatureDescription:
@@ -63,18 +63,11 @@ def read_description(path: Path) -> FeatureDescription:
         FeatureError: It is missing, unreadable, or of another format version.
     """
     file = path / DESCRIPTION
+    value = read_described(file, KIND, FORMAT_VERSION, FeatureError, ("make one with `bony embed`", "embed again"))
     try:
-        value = json.loads(file.read_bytes())
-        kind, found = value.pop("format"), value.pop("format_version")
-    except FileNotFoundError as error:
-        raise FeatureError(
-            f"not a feature store: it has no {DESCRIPTION}", path, "make one with `bony embed`"
-        ) from error
-    except (ValueError, KeyError, AttributeError) as error:
-        raise FeatureError(f"cannot be read ({error})", file) from error
-    if kind != "bony-feature-store" or found != FORMAT_VERSION:
-        raise FeatureError(f"format version {found}, this software reads {FORMAT_VERSION}", file, "embed again")
-    return FeatureDescription(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
+        return FeatureDescription(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
+    except (KeyError, TypeError) as error:
+        raise FeatureError(f"cannot be read ({type(error).__name__}: {error})", file) from error
 
 
 def slide_folder(path: Path, slide_id: str) -> Path:

@@ -1,6 +1,5 @@
 """The training loop: short, method-agnostic. ``torchrun -m pipeline.pretrain`` and ``bony pretrain`` run it."""
 
-import json
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
@@ -19,12 +18,13 @@ from pipeline.monitor import Monitor
 from pipeline.runtime import Runtime, joined
 from pipeline.trainer import Trainer, global_batch
 from tiling import atomic
+from tiling.described import described, read_described
 from tiling.errors import StoreError, UsageError
 from tiling.progress import progress, say
 from tiling.store import TileStore
 
 DESCRIPTION = "run.json"
-FORMAT_VERSION = 1
+KIND, FORMAT_VERSION = "run", 1
 _STREAM_INIT = 1
 
 
@@ -104,7 +104,9 @@ def describe(config: PretrainConfig, runtime: Runtime, store: TileStore) -> dict
 def _require_usable(run: Path, about: dict[str, Any], config: PretrainConfig) -> None:
     """RUN must be new, empty, or a run that may be continued with this config, these ranks and this store."""
     if (run / DESCRIPTION).exists():
-        _require_same(run, json.loads((run / DESCRIPTION).read_bytes()), about, config)
+        advice = "choose another --out", "continue it with the version of bony that began it"
+        known = read_described(run / DESCRIPTION, KIND, FORMAT_VERSION, UsageError, advice)
+        _require_same(run, known, about, config)
     elif run.exists() and any(run.iterdir()):
         raise UsageError("exists and is no run", run, "choose another --out")
 
@@ -113,7 +115,7 @@ def _begin(run: Path, about: dict[str, Any]) -> None:
     """Make RUN, unless it is being continued, and say what is trained on."""
     if not (run / DESCRIPTION).exists():
         run.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(run / DESCRIPTION, {"format": "bony-run", "format_version": FORMAT_VERSION, **about})
+        atomic.write_json(run / DESCRIPTION, described(KIND, FORMAT_VERSION, about))
     say(f"{run}: {about['tiles']} tiles, {about['global_batch']} per step, {about['ranks']} ranks")
 
 

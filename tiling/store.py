@@ -4,7 +4,6 @@ STORE/store.json says what is in it, STORE/slides/<slide_id>/ is whole or not th
 the kept tiles of all slides.
 """
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -20,12 +19,13 @@ import numpy as np
 import pyarrow as pa
 
 from tiling import atomic
+from tiling.described import described, read_described
 from tiling.errors import DamageError, StoreError
 from tiling.index import SLIDES, read_index
 from tiling.settings import TileSettings
 from tiling.shard import ShardedArray
 
-FORMAT_VERSION = 1
+KIND, FORMAT_VERSION = "tile store", 1
 DESCRIPTION = "store.json"
 WORK = "work"
 TILES, MASKS = "tiles.zarr", "masks.zarr"
@@ -43,14 +43,13 @@ class Description:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return {
-            "format": "bony-tile-store",
-            "format_version": FORMAT_VERSION,
+        values = {
             "software": f"bony {version('bony')}",
             "dataset": self.dataset,
             "class_names": list(self.class_names),
             "settings": self.settings.to_json(),
         }
+        return described(KIND, FORMAT_VERSION, values)
 
 
 def read_description(store: Path) -> Description:
@@ -60,20 +59,12 @@ def read_description(store: Path) -> Description:
         StoreError: It is missing, unreadable, or of another format version.
     """
     path = store / DESCRIPTION
+    redo = "tile again, or use the version of bony that wrote it"
+    value = read_described(path, KIND, FORMAT_VERSION, StoreError, ("make one with `bony tile`", redo))
     try:
-        value = json.loads(path.read_bytes())
-        found = value["format_version"] if value["format"] == "bony-tile-store" else "unknown"
-        if found == FORMAT_VERSION:
-            return Description(TileSettings.from_json(value["settings"]), value["dataset"], tuple(value["class_names"]))
-    except FileNotFoundError as error:
-        raise StoreError(f"not a tile store: it has no {DESCRIPTION}", store, "make one with `bony tile`") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Description(TileSettings.from_json(value["settings"]), value["dataset"], tuple(value["class_names"]))
+    except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"cannot be read ({type(error).__name__}: {error})", path) from error
-    raise StoreError(
-        f"store has format version {found}, this software reads {FORMAT_VERSION}",
-        path,
-        "tile again, or use the version of bony that wrote it",
-    )
 
 
 def prepare(store: Path, description: Description) -> None:

@@ -19,6 +19,7 @@ from pipeline.downstream.splits import Split, split_by_slide, split_by_tile
 from pipeline.features import read_description, read_features
 from pipeline.report import figures
 from tiling import atomic
+from tiling.described import described
 from tiling.errors import EvaluationError, UsageError
 from tiling.index import COVERAGE
 from tiling.labels import SCHEMES, UNLABELLED
@@ -28,7 +29,7 @@ from tiling.store import TileStore
 RESULTS, DECODER, PREDICTIONS, CONFUSION, CURVES = (
     "results.json", "decoder.safetensors", "predictions.parquet", "confusion.png", "curves.png",
 )  # fmt: skip
-FORMAT_VERSION = 1
+KIND, FORMAT_VERSION = "result", 1
 TAP = "head"
 
 
@@ -98,41 +99,63 @@ def evaluate_panda(
     if protocol_name not in PROTOCOLS:
         raise UsageError(f"protocol {protocol_name!r}, known are {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[protocol_name]
+    tiles = _load(data, features, protocol)
+    split = _split(tiles, protocol, seed)
+    warnings = [*split.warnings, *_provenance_warnings(features)]
+    for warning in warnings:
+        say(f"warning: {warning}")
+    fit = _fit(tiles, split, protocol, seed)
+    probabilities = predict(fit.model, tiles.features)
+    judged = {
+        part: classification(tiles.label[members], probabilities[members], tiles.class_names)
+        for part, members in (("val", split.val), ("test", split.test))
+    }
+    values = {
+        "task": "panda", "protocol": protocol_name, "class_names": list(tiles.class_names), "seed": seed, "tap": TAP,
+        "features": read_description(features).to_json(), "counts": _counts(tiles, split), "metrics": judged,
+        "warnings": warnings, "fit": asdict(protocol.fit) | {"seed": seed, "class_weights": protocol.class_weights},
+        "best_epoch": fit.best_epoch, "history": fit.history,
+        "software": {"bony": version("bony"), "torch": torch.__version__},
+    }  # fmt: skip
+    result = described(KIND, FORMAT_VERSION, values)
+    _write(out, result, fit, _predictions(tiles, probabilities, split))
+    return result
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """The labelled tiles of a store: features (N, D), label, slide and row in the slide (N,), and the names of both."""
+
+    features: np.ndarray
+    label: np.ndarray
+    slide: np.ndarray
+    row: np.ndarray
+    slide_ids: Sequence[str]
+    class_names: Sequence[str]
+    unlabelled: int
+
+
+def _load(data: Path, features: Path, protocol: Protocol) -> _Labelled:
     with TileStore(data) as store:
         values = read_features(features, store, TAP)
         label = any_pixel_labels(store) if protocol.any_pixel else store.labels()
-        names = store.description.class_names
         rows = np.flatnonzero(label != UNLABELLED)
+        names = store.description.class_names
         if not len(rows) or not names:
             raise EvaluationError(
                 "no labelled tile in this store", data, "tile slides that have masks or class folders"
             )
-        slide, slide_ids, row_in_slide = store.slide_of_row[rows], store.slide_ids, store.index["row"].to_numpy()[rows]
-    split = (
-        split_by_slide(slide, label[rows], seed=seed, class_names=names)
-        if protocol.by_slide
-        else split_by_tile(label[rows], seed=seed, class_names=names)
-    )
-    warnings = [*split.warnings, *_provenance_warnings(features)]
-    for warning in warnings:
-        say(f"warning: {warning}")
-    fit = _fit(values[rows], label[rows], split, len(names), protocol, seed)
-    probabilities = predict(fit.model, values[rows])
-    judged = {
-        part: classification(label[rows][members], probabilities[members], names)
-        for part, members in (("val", split.val), ("test", split.test))
-    }
-    result = {
-        "format": "bony-result", "format_version": FORMAT_VERSION, "task": "panda", "protocol": protocol_name,
-        "class_names": list(names), "seed": seed, "tap": TAP, "features": read_description(features).to_json(),
-        "counts": _counts(label, rows, slide, split, names), "metrics": judged, "warnings": warnings,
-        "fit": asdict(protocol.fit) | {"seed": seed, "class_weights": protocol.class_weights},
-        "best_epoch": fit.best_epoch, "history": fit.history,
-        "software": {"bony": version("bony"), "torch": torch.__version__},
-    }  # fmt: skip
-    table = _predictions(slide, slide_ids, row_in_slide, label[rows], probabilities, split, names)
-    _write(out, result, fit, table)
-    return result
+        row_in_slide = store.index["row"].to_numpy()[rows]
+        return _Labelled(
+            values[rows], label[rows], store.slide_of_row[rows], row_in_slide, store.slide_ids, names,
+            unlabelled=len(label) - len(rows),
+        )  # fmt: skip
+
+
+def _split(tiles: _Labelled, protocol: Protocol, seed: int) -> Split:
+    if protocol.by_slide:
+        return split_by_slide(tiles.slide, tiles.label, seed=seed, class_names=tiles.class_names)
+    return split_by_tile(tiles.label, seed=seed, class_names=tiles.class_names)
 
 
 def _provenance_warnings(features: Path) -> list[str]:
@@ -145,51 +168,43 @@ def _provenance_warnings(features: Path) -> list[str]:
     return found
 
 
-def _fit(values: np.ndarray, label: np.ndarray, split: Split, classes: int, protocol: Protocol, seed: int) -> FitResult:
+def _fit(tiles: _Labelled, split: Split, protocol: Protocol, seed: int) -> FitResult:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = FitConfig(**asdict(protocol.fit) | {"seed": seed, "device": device})
     with progress("decoder", config.epochs, "epochs") as advance:
         return fit_classifier(
-            values, label, split, classes, config, protocol.class_weights,
+            tiles.features, tiles.label, split, len(tiles.class_names), config, protocol.class_weights,
             lambda epoch, epochs, record: advance(note=f"val loss {record['val_loss']:.3f}"),
         )  # fmt: skip
 
 
-def _counts(
-    label: np.ndarray, rows: np.ndarray, slide: np.ndarray, split: Split, names: Sequence[str]
-) -> dict[str, Any]:
+def _counts(tiles: _Labelled, split: Split) -> dict[str, Any]:
     """Tiles and slides per part and class."""
     parts = {
         part: {
             "tiles": len(members),
-            "slides": len(np.unique(slide[members])),
-            "per_class": {name: int((label[rows][members] == number).sum()) for number, name in enumerate(names)},
+            "slides": len(np.unique(tiles.slide[members])),
+            "per_class": {
+                name: int((tiles.label[members] == number).sum()) for number, name in enumerate(tiles.class_names)
+            },
         }
         for part, members in split.parts().items()
     }
-    return {"tiles": len(label), "unlabelled": len(label) - len(rows), **parts}
+    return {"tiles": len(tiles.label) + tiles.unlabelled, "unlabelled": tiles.unlabelled, **parts}
 
 
-def _predictions(
-    slide: np.ndarray,
-    slide_ids: Sequence[str],
-    row_in_slide: np.ndarray,
-    label: np.ndarray,
-    probabilities: np.ndarray,
-    split: Split,
-    names: Sequence[str],
-) -> pa.Table:
+def _predictions(tiles: _Labelled, probabilities: np.ndarray, split: Split) -> pa.Table:
     """One row per labelled tile: slide, row, part, label, probability per class."""
-    part = np.empty(len(label), dtype=object)
+    part = np.empty(len(tiles.label), dtype=object)
     for name, members in split.parts().items():
         part[members] = name
     columns = {
-        "slide_id": [slide_ids[number] for number in slide],
-        "row": row_in_slide,
+        "slide_id": [tiles.slide_ids[number] for number in tiles.slide],
+        "row": tiles.row,
         "part": part.tolist(),
-        "label": label,
+        "label": tiles.label,
     }
-    return pa.table(columns | {f"p_{name}": probabilities[:, number] for number, name in enumerate(names)})
+    return pa.table(columns | {f"p_{name}": probabilities[:, n] for n, name in enumerate(tiles.class_names)})
 
 
 def _write(out: Path, result: dict[str, Any], fit: FitResult, predictions: pa.Table) -> None:

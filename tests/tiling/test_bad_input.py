@@ -102,8 +102,12 @@ def test_out_that_is_something_else(slide: Path, tmp_path: Path, complaint: Call
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
-        ("format_version", 99, "store has format version 99, this software reads 1; tile again, or use the version"),
-        ("format", "something", "store has format version unknown, this software reads 1"),
+        (
+            "format_version",
+            99,
+            "tile store has format version 99, this software reads 1; tile again, or use the version",
+        ),
+        ("format", "something", "tile store has format version unknown, this software reads 1"),
         ("settings", {}, "cannot be read (KeyError: 'thresholds')"),
         ("settings", None, "cannot be read (TypeError: "),
     ],
