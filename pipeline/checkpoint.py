@@ -73,8 +73,7 @@ def save(
     """
     final, work = step_folder(run, position.step), run / FOLDER / WORK
     shutil.rmtree(work, ignore_errors=True)  # what a killed save left
-    if final.exists() and atomic.damaged_files(final):  # passed over when the run was continued from an older one
-        atomic.set_aside(final, work)
+    atomic.stands(final, work)  # a damaged one was passed over when the run was continued from an older one
     with atomic.building(final, work) as folder:
         for name, network in networks.items():
             write_tensors(folder / f"{name}.safetensors", network.state_dict())

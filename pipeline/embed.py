@@ -11,10 +11,9 @@ from pipeline.features import FeatureDescription
 from pipeline.models.frozen import FrozenEncoder, load_encoder
 from tiling import atomic
 from tiling.errors import FeatureError, StoreError
+from tiling.grid import MPP_TOLERANCE
 from tiling.progress import progress
 from tiling.store import TileStore
-
-MPP_TOLERANCE = 0.12
 
 
 def embed(
@@ -43,11 +42,8 @@ def embed(
         _prepare(out, about)
         with progress("embedding", len(store), "tiles") as advance:
             for number, slide_id in enumerate(store.slide_ids):
-                rows = np.flatnonzero(store.slide_of_row == number)
-                folder = features.slide_folder(out, slide_id)
-                if folder.exists() and atomic.damaged_files(folder):
-                    atomic.set_aside(folder, out / features.WORK)
-                if not folder.exists():
+                rows = store.rows_of_slide(number)
+                if not atomic.stands(features.slide_folder(out, slide_id), out / features.WORK):
                     parts = list(_encode(encoder, store, rows, batch, device))
                     joined = {tap: np.concatenate([part[tap] for part in parts]) for tap in about.taps}
                     features.write_slide(out, slide_id, joined)

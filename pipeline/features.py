@@ -124,7 +124,7 @@ def read_features(path: Path, store: TileStore, tap: str) -> np.ndarray:
         if not folder.is_dir():
             raise FeatureError(f"slide {slide_id} is missing", path, "run the same `bony embed` again to finish it")
         atomic.require_sound(folder)
-        rows = np.flatnonzero(store.slide_of_row == number)
+        rows = store.rows_of_slide(number)
         values = zarr.open_array(folder / f"{tap}.zarr", mode="r")[:]
         if np.shape(values) != (len(rows), out.shape[1]):
             raise FeatureError(f"{np.shape(values)} features for {len(rows)} tiles", folder, "embed the store again")

@@ -148,6 +148,16 @@ def building(final: Path, work: Path) -> Iterator[Path]:
             work.rmdir()
 
 
+def stands(final: Path, work: Path) -> bool:
+    """Whether a sound box stands at ``final``; a broken one is set aside under ``work``, so that it can be redone."""
+    if not final.exists():
+        return False
+    if not damaged_files(final):
+        return True
+    set_aside(final, work)
+    return False
+
+
 def set_aside(folder: Path, work: Path) -> Path:
     """Move a broken box out of the way, under ``work``; returns where it lies now."""
     work.mkdir(parents=True, exist_ok=True)

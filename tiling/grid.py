@@ -11,6 +11,8 @@ import numpy as np
 from tiling.errors import GridError
 
 MPP_RANGE = (0.05, 10.0)
+# PANDA's 0.45 to 0.50 um/px all count as 0.5.
+MPP_TOLERANCE = 0.12
 ERROR_ABSURD_MPP = "slide says {mpp:.6g} um/px, outside {low} to {high}"
 ERROR_TOO_COARSE = (
     "finest level has {mpp:.4g} um/px, coarser than the {target:.4g} um/px asked for (tolerance {tolerance:.0%})"

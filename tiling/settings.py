@@ -6,7 +6,7 @@ from typing import Any
 from tiling.codec import CODECS
 from tiling.errors import UsageError
 from tiling.filters import Thresholds
-from tiling.grid import MPP_RANGE
+from tiling.grid import MPP_RANGE, MPP_TOLERANCE
 
 MAX_TILE_PX = 4096
 
@@ -27,7 +27,7 @@ class TileSettings:
 
     tile_px: int = 224
     mpp: float | None = 0.5
-    mpp_tolerance: float = 0.12
+    mpp_tolerance: float = MPP_TOLERANCE
     slide_mpp: float | None = None
     codec: str = "jpeg"
     thresholds: Thresholds | None = field(default_factory=Thresholds)

@@ -195,6 +195,11 @@ class TileStore:
         """Label of every tile, int64 (N,); ``tiling.labels.UNLABELLED`` where there is none."""
         return np.asarray(self.index["label"].to_numpy(), np.int64)
 
+    def rows_of_slide(self, number: int) -> np.ndarray:
+        """Index rows of one slide of ``slide_ids``, int64, ascending: they stand together, slide after slide."""
+        first, end = np.searchsorted(self.slide_of_row, (number, number + 1))
+        return np.arange(first, end)
+
     def _array(self, slide: int, name: str) -> ShardedArray:
         known = self._arrays.get((slide, name))
         if known is None:

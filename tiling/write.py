@@ -140,10 +140,8 @@ def write_source(store: Path, source: Source, settings: TileSettings, class_name
         BonyError: The slide cannot be tiled at all; nothing stands at its name.
     """
     final = store / SLIDES / source.slide_id
-    if final.exists():
-        if not atomic.damaged_files(final):
-            return Outcome(source.slide_id, skipped=True)
-        atomic.set_aside(final, store / WORK)
+    if atomic.stands(final, store / WORK):
+        return Outcome(source.slide_id, skipped=True)
     with atomic.building(final, store / WORK) as folder:
         if source.image_labels is None:
             writer, damage, remark = _write_slide(folder, source, settings)

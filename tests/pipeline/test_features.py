@@ -60,6 +60,8 @@ def test_features_come_back_in_the_store_s_order(cohort: Path, tmp_path: Path) -
         values = features.read_features(tmp_path / "f", store, "head")
         assert values.shape == (len(store), WIDTH)
         assert values.dtype == np.float32
+        for number in range(len(store.slide_ids)):
+            assert np.array_equal(store.rows_of_slide(number), np.flatnonzero(store.slide_of_row == number))
         labelled = store.labels() >= 0
         assert (values[labelled].argmax(axis=1) == store.labels()[labelled]).mean() > 0.95
     assert features.problems(tmp_path / "f") == []
