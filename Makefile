@@ -8,7 +8,7 @@ DEMO ?= demo
 .PHONY: help demo test test-fast lint setup clean
 
 help:
-	@echo "make demo       slides to an evaluated encoder on made slides, in minutes; then open $(DEMO)/index.html"
+	@echo "make demo       slides to an evaluated encoder on made slides, in minutes; then open $(DEMO)/report.html"
 	@echo "make test       all tests, those of minutes too"
 	@echo "make test-fast  without those of minutes"
 	@echo "make lint       ruff and mypy"

@@ -14,14 +14,13 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import nn
 
+from pipeline.boxes import CHECKPOINT
 from tiling import atomic
-from tiling.described import described, read_described
 from tiling.errors import CheckpointError
 from tiling.progress import say
 
-FOLDER, LATEST, STATE, WORK = "checkpoints", "latest", "state.json", "work"
+FOLDER, LATEST, STATE, WORK = "checkpoints", "latest", CHECKPOINT.file, "work"
 OPTIMIZER, METHOD_STATE = "optimizer", "method"
-KIND, FORMAT_VERSION = "checkpoint", 1
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ def save(
         write_tensors(folder / f"{METHOD_STATE}.safetensors", state)
         write_tensors(folder / f"{OPTIMIZER}.safetensors", _optimizer_tensors(optimizer))
         values = {"step": position.step, "samples_seen": position.samples_seen, **about}
-        description = described(KIND, FORMAT_VERSION, values)
-        atomic.write_json(folder / STATE, description)
+        atomic.write_json(folder / STATE, CHECKPOINT.describe(values))
     atomic.write_bytes(run / FOLDER / LATEST, f"{final.name}\n".encode())
     # Newer ones are damaged, or this run would have been continued from them: they must not push sound ones out.
     for old in [folder for folder in list_checkpoints(run) if folder.name <= final.name][:-keep]:
@@ -124,10 +122,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         CheckpointError: It is of another format version.
     """
     atomic.require_sound(folder)
-    redo = "use the version of bony that wrote it"
-    return read_described(
-        folder / STATE, KIND, FORMAT_VERSION, CheckpointError, ("make one with `bony pretrain`", redo)
-    )
+    return CHECKPOINT.read(folder)
 
 
 def _fitting(folder: Path, name: str, network: nn.Module) -> dict[str, torch.Tensor]:
@@ -137,10 +132,15 @@ def _fitting(folder: Path, name: str, network: nn.Module) -> dict[str, torch.Ten
         tensors = load_file(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"holds no {name}", folder) from error
+    require_fitting(path, tensors, network)
+    return tensors
+
+
+def require_fitting(path: Path, tensors: Mapping[str, torch.Tensor], network: nn.Module) -> None:
+    """Raise CheckpointError naming the first tensor of ``path`` that a network lacks or has in another shape."""
     own = network.state_dict()
     for key in (*own, *tensors):
         _require_shape(path, key, tensors.get(key), own.get(key))
-    return tensors
 
 
 def _require_shape(path: Path, key: str, theirs: torch.Tensor | None, ours: torch.Tensor | None) -> None:

@@ -12,10 +12,13 @@ COMMANDS = {
     "demo": "the whole job, from slides to an evaluated encoder, on made slides or your own",
     "tile": "cut slides into tissue tiles in a TileStore",
     "index": "rebuild a TileStore's index",
-    "verify": "check every checksum of a store, run, feature store or result",
+    "verify": "check every checksum of a box of any kind",
     "pretrain": "train an encoder on a TileStore without labels",
     "embed": "encode a TileStore with a frozen encoder into a FeatureStore",
     "evaluate": "train and judge a decoder on a FeatureStore",
+    "report": "one page, to open in a browser, from any boxes",
+    "export": "a run, and a decoder, to a bundle that may leave the building",
+    "predict": "run a bundle on slides: heat map, QuPath regions, summary",
 }
 
 

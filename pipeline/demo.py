@@ -2,24 +2,33 @@
 
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pipeline import bundle
 from pipeline.commands.parser import pretrain_config
-from pipeline.downstream.tasks import evaluate
+from pipeline.downstream.tasks import evaluate, read_result
 from pipeline.embed import embed
+from pipeline.export import export
+from pipeline.predict import predict
 from pipeline.pretrain import pretrain
-from pipeline.report.page import Section, write_page
-from pipeline.report.sections import result_section, run_section, store_section
+from pipeline.report.write import write_report
 from tiling import audit, datasets, phantom
 from tiling import run as tiling_run
+from tiling.datasets import Dataset
 from tiling.errors import BonyError, UsageError
 from tiling.progress import progress, say
 from tiling.settings import TileSettings
 
-PAGE = "index.html"
+PAGE = "report.html"
+# The boxes of a demo, in the order in which they are made.
+STORE, RUN, FEATURES, RESULT, BUNDLE, PREDICTIONS = "store", "run", "features", "result", "bundle", "predictions"
 _CONFIG = Path("jobs/configs/demo.yaml")
+_NEW_SLIDE = (1, "4")  # seed and grade of the slide that nothing was trained on
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,10 @@ def config_file() -> Path:
 
 
 def demo(out: Path, slides: Path | None, quick: bool) -> dict[str, Any]:
-    """Slides to an evaluated encoder; what is finished already is not done again.
+    """Slides to a prediction on a slide that was left out; what is finished already is not done again.
 
     Args:
-        out: Folder for slides, store, run, features, result and page.
+        out: Folder for slides, all boxes and the page.
         slides: A PANDA-layout folder; None makes a cohort.
         quick: A minute instead of minutes: fewer slides and steps, and figures that mean nothing.
 
@@ -53,17 +62,46 @@ def demo(out: Path, slides: Path | None, quick: bool) -> dict[str, Any]:
         What the result's results.json holds.
     """
     size = QUICK if quick else FULL
-    if (out / "result").exists():
+    if (out / PAGE).exists():
         raise UsageError("holds a finished demo", out, "remove it, or choose another --out")
-    root = slides or _cohort(out / "slides", size)
-    dataset = datasets.panda(root)
-    say(f"1/4 tiling {root} -> {out / 'store'}")
-    tiling_run.tile(dataset, out / "store", TileSettings(), workers=len(os.sched_getaffinity(0)))
-    found = audit.store_problems(out / "store")
-    if found:
-        raise BonyError(f"the store is damaged: {found[0]}")
-    say(f"2/4 pretraining -> {out / 'run'}")
-    words = ["--config", str(config_file()), "--data", str(out / "store"), "--out", str(out / "run")]
+    dataset, new_slide = _slides(out / "slides", slides, size)
+    _pretrained(out, dataset, size)
+    say(f"3/6 features -> {out / FEATURES}")
+    embed(out / RUN, out / STORE, out / FEATURES)
+    say(f"4/6 decoder -> {out / RESULT}")
+    if not (out / RESULT).exists():
+        evaluate("panda", out / STORE, out / FEATURES, out / RESULT)
+    say(f"5/6 bundle -> {out / BUNDLE}")
+    if not (out / BUNDLE).exists():
+        export(out / RUN, out / BUNDLE, out / RESULT)
+    _require_sound(bundle.problems(out / BUNDLE))
+    say(f"6/6 prediction on {new_slide.name} -> {out / PREDICTIONS}")
+    opened = bundle.open_bundle(out / BUNDLE, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    predict(datasets.slides([new_slide]), opened, out / PREDICTIONS)
+    boxes = [out / box for box in (STORE, RUN, FEATURES, RESULT, BUNDLE, PREDICTIONS)]
+    write_report(boxes, out / PAGE, "Bony demo", _notes(slides, quick))
+    return read_result(out / RESULT)
+
+
+def _slides(made: Path, given: Path | None, size: Size) -> tuple[Dataset, Path]:
+    """What is learnt from, and one slide that is left out of it."""
+    if given is None:
+        return datasets.panda(_cohort(made, size)), _new_slide(made / "new")
+    found = datasets.panda(given)
+    # Of the commonest grade, which can spare one.
+    grade, _ = Counter(source.isup_grade for source in found.sources).most_common(1)[0]
+    new = [source for source in found.sources if source.isup_grade == grade][-1]
+    rest = tuple(source for source in found.sources if source is not new)
+    return replace(found, sources=rest), new.images[0]
+
+
+def _pretrained(out: Path, dataset: Dataset, size: Size) -> None:
+    """Store and run."""
+    say(f"1/6 tiling {len(dataset.sources)} slides -> {out / STORE}")
+    tiling_run.tile(dataset, out / STORE, TileSettings(), workers=len(os.sched_getaffinity(0)))
+    _require_sound(audit.store_problems(out / STORE))
+    say(f"2/6 pretraining -> {out / RUN}")
+    words = ["--config", str(config_file()), "--data", str(out / STORE), "--out", str(out / RUN)]
     config = pretrain_config(words)
     if size.steps is not None:
         warmup = min(config.optim.warmup_steps, size.steps - 1)
@@ -71,12 +109,21 @@ def demo(out: Path, slides: Path | None, quick: bool) -> dict[str, Any]:
             config, optim=replace(config.optim, warmup_steps=warmup), train=replace(config.train, steps=size.steps)
         )
     pretrain(config)
-    say(f"3/4 features -> {out / 'features'}")
-    embed(out / "run", out / "store", out / "features")
-    say(f"4/4 decoder -> {out / 'result'}")
-    result = evaluate("panda", out / "store", out / "features", out / "result")
-    write_page(out / PAGE, "Bony demo", _subtitle(root, slides is None, quick), _sections(out))
-    return result
+
+
+def _require_sound(problems: list[str]) -> None:
+    if problems:
+        raise BonyError(problems[0])
+
+
+def _new_slide(folder: Path) -> Path:
+    """A made slide outside the cohort."""
+    seed, grade = _NEW_SLIDE
+    slide = phantom.make_slide(seed, grade)
+    path = folder / "train_images" / f"{slide.image_id}.tiff"
+    if not path.is_file():
+        phantom.write_slide(slide, folder)
+    return path
 
 
 def _cohort(root: Path, size: Size) -> Path:
@@ -88,11 +135,7 @@ def _cohort(root: Path, size: Size) -> Path:
     return root
 
 
-def _sections(out: Path) -> list[Section]:
-    return [store_section(out / "store"), run_section(out / "run"), result_section(out / "result")]
-
-
-def _subtitle(root: Path, made: bool, quick: bool) -> str:
+def _notes(given: Path | None, quick: bool) -> list[str]:
     drawn = "made slides (drawn, not scanned): figures show that the chain works, not what the method can do"
-    short = " Quick run: too short to learn." if quick else ""
-    return f"Slides to an evaluated encoder, on {drawn if made else root}.{short}"
+    notes = [f"Slides to a prediction, on {given or drawn}."]
+    return [*notes, "Quick run: too short to learn."] if quick else notes

@@ -7,34 +7,67 @@ import numpy as np
 import torch
 
 from pipeline import features
+from pipeline.boxes import BUNDLE
+from pipeline.bundle import open_bundle
 from pipeline.features import FeatureDescription
-from pipeline.models.frozen import FrozenEncoder, load_encoder
+from pipeline.models.frozen import FrozenEncoder, load_encoder, load_original
 from tiling import atomic
-from tiling.errors import FeatureError, StoreError
+from tiling.errors import FeatureError, StoreError, UsageError
 from tiling.grid import MPP_TOLERANCE
 from tiling.progress import progress
 from tiling.store import TileStore
 
+ORIGINAL_SUFFIXES = (".pth", ".pt")
 
-def embed(
-    encoder_path: Path, data: Path, out: Path, batch: int = 64, threads: int = 2, any_mpp: bool = False
-) -> FeatureDescription:
-    """Encode every tile of a store with the teacher of a run.
+
+def open_encoder(path: Path, device: torch.device, original_mpp: float | None = None) -> FrozenEncoder:
+    """The encoder that a path means: of a RUN or a checkpoint, a bundle, or a file of the original DINO code.
 
     Args:
-        encoder_path: A RUN, or one of its checkpoints.
+        path: The folder or file.
+        device: Where to put it.
+        original_mpp: um/px that an original file was trained at.
+
+    Raises:
+        UsageError: It is none of these, or a file without ``original_mpp``.
+        DamageError: A file is damaged.
+        CheckpointError: It does not fit the architecture it names.
+    """
+    if path.suffix in ORIGINAL_SUFFIXES:
+        if original_mpp is None:
+            raise UsageError("such a file does not say its scale", path, "give um per pixel with --encoder-mpp")
+        return load_original(path, original_mpp, device)
+    if (path / BUNDLE.file).exists() or (path / atomic.SUMS).exists():
+        return open_bundle(path, device).encoder
+    return load_encoder(path, device)
+
+
+def embed(
+    encoder_path: Path,
+    data: Path,
+    out: Path,
+    batch: int = 64,
+    threads: int = 2,
+    any_mpp: bool = False,
+    original_mpp: float | None = None,
+) -> FeatureDescription:
+    """Encode every tile of a store with a frozen encoder.
+
+    Args:
+        encoder_path: What ``open_encoder`` takes.
         data: The TileStore.
         out: The FeatureStore to make or to continue.
         batch: Tiles per forward pass.
         threads: Threads that read and decode tiles.
         any_mpp: Accept tiles of another scale than the encoder's; recorded in the FeatureStore.
+        original_mpp: um/px that a file of the original DINO code was trained at.
 
     Raises:
         FeatureError: The scales differ, or ``out`` holds features of another encoder or store.
         StoreError: The store has no tiles.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = load_encoder(encoder_path, device)
+    encoder = open_encoder(encoder_path, device, original_mpp)
     with TileStore(data, threads) as store:
         if len(store) == 0:
             raise StoreError("no kept tile in this store", data)

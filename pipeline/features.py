@@ -12,13 +12,12 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from pipeline.boxes import FEATURE_STORE
 from tiling import atomic
-from tiling.described import described, read_described
 from tiling.errors import FeatureError
 from tiling.store import TileStore
 
-DESCRIPTION, SLIDES, WORK = "features.json", "slides", "work"
-KIND, FORMAT_VERSION = "feature store", 1
+DESCRIPTION, SLIDES, WORK = FEATURE_STORE.file, "slides", "work"
 _ROWS_PER_CHUNK = 256
 
 
@@ -53,7 +52,7 @@ class FeatureDescription:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         values = asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
-        return described(KIND, FORMAT_VERSION, values)
+        return FEATURE_STORE.describe(values)
 
 
 def read_description(path: Path) -> FeatureDescription:
@@ -62,12 +61,11 @@ def read_description(path: Path) -> FeatureDescription:
     Raises:
         FeatureError: It is missing, unreadable, or of another format version.
     """
-    file = path / DESCRIPTION
-    value = read_described(file, KIND, FORMAT_VERSION, FeatureError, ("make one with `bony embed`", "embed again"))
+    value = FEATURE_STORE.read(path)
     try:
         return FeatureDescription(**{**value, "mean": tuple(value["mean"]), "std": tuple(value["std"])})
     except (KeyError, TypeError) as error:
-        raise FeatureError(f"cannot be read ({type(error).__name__}: {error})", file) from error
+        raise FeatureError(f"cannot be read ({type(error).__name__}: {error})", path / DESCRIPTION) from error
 
 
 def slide_folder(path: Path, slide_id: str) -> Path:

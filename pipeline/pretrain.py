@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipeline import checkpoint
+from pipeline.boxes import RUN
 from pipeline.checkpoint import Position
 from pipeline.config import PretrainConfig, fixed_values, flatten
 from pipeline.data.loader import Loader
@@ -18,13 +19,10 @@ from pipeline.monitor import Monitor
 from pipeline.runtime import Runtime, joined
 from pipeline.trainer import Trainer, global_batch
 from tiling import atomic
-from tiling.described import described, read_described
 from tiling.errors import StoreError, UsageError
 from tiling.progress import progress, say
 from tiling.store import TileStore
 
-DESCRIPTION = "run.json"
-KIND, FORMAT_VERSION = "run", 1
 _STREAM_INIT = 1
 
 
@@ -94,8 +92,10 @@ def describe(config: PretrainConfig, runtime: Runtime, store: TileStore) -> dict
         "global_batch": global_batch(config, runtime.world),
         "ranks": runtime.world,
         "store_fingerprint": store.fingerprint,
+        "dataset": store.description.dataset,
+        "slides": len(store.slide_ids),
         "tiles": len(store),
-        "tile_px": store.tile_px,
+        "tiling": store.description.settings.to_json(),
         "mpp": store.mpp,
         "software": {"bony": version("bony"), "torch": torch.__version__, "timm": version("timm")},
     }
@@ -103,19 +103,17 @@ def describe(config: PretrainConfig, runtime: Runtime, store: TileStore) -> dict
 
 def _require_usable(run: Path, about: dict[str, Any], config: PretrainConfig) -> None:
     """RUN must be new, empty, or a run that may be continued with this config, these ranks and this store."""
-    if (run / DESCRIPTION).exists():
-        advice = "choose another --out", "continue it with the version of bony that began it"
-        known = read_described(run / DESCRIPTION, KIND, FORMAT_VERSION, UsageError, advice)
-        _require_same(run, known, about, config)
+    if (run / RUN.file).exists():
+        _require_same(run, RUN.read(run), about, config)
     elif run.exists() and any(run.iterdir()):
         raise UsageError("exists and is no run", run, "choose another --out")
 
 
 def _begin(run: Path, about: dict[str, Any]) -> None:
     """Make RUN, unless it is being continued, and say what is trained on."""
-    if not (run / DESCRIPTION).exists():
+    if not (run / RUN.file).exists():
         run.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(run / DESCRIPTION, described(KIND, FORMAT_VERSION, about))
+        atomic.write_json(run / RUN.file, RUN.describe(about))
     say(f"{run}: {about['tiles']} tiles, {about['global_batch']} per step, {about['ranks']} ranks")
 
 

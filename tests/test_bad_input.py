@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import main
+from pipeline.cli import COMMANDS, main
 from tiling import datasets, phantom
 from tiling.run import tile
 from tiling.settings import TileSettings
@@ -39,7 +39,7 @@ def test_missing_option_points_to_help(capsys: pytest.CaptureFixture[str]) -> No
     assert "bony tile --help" in line
 
 
-@pytest.mark.parametrize("command", ["demo", "tile", "index", "verify", "pretrain", "embed", "evaluate"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -102,7 +102,28 @@ def test_embed_and_verify_of_what_is_no_box(store: Path, tmp_path: Path, capsys:
     words = ["embed", "--encoder", tmp_path, "--data", store, "--out", tmp_path / "f"]
     assert "is no run and no checkpoint" in complaint(capsys, 2, *words)
     assert not (tmp_path / "f").exists()
-    assert "is no store, run, feature store or result" in complaint(capsys, 2, "verify", tmp_path)
+    assert "is no box that bony makes" in complaint(capsys, 2, "verify", tmp_path)
+
+
+def test_export_and_predict_of_what_is_no_box(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert "is no run and no checkpoint" in complaint(capsys, 2, "export", tmp_path, "--out", out)
+    phantom.write_slide(phantom.make_slide(0, "4", size=(512, 512)), tmp_path)
+    words = ["predict", tmp_path / "train_images", "--bundle", tmp_path, "--out", out]
+    assert "SHA256SUMS: missing" in complaint(capsys, 1, *words)
+    assert "report" in complaint(capsys, 2, "report", "--out", out)
+    assert "is no box that bony makes" in complaint(capsys, 2, "report", tmp_path, "--out", out)
+    assert not out.exists()
+
+
+def test_an_original_checkpoint_without_a_scale(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["embed", "--encoder", tmp_path / "dino.pth", "--data", store, "--out", tmp_path / "f"]
+    assert "--encoder-mpp" in complaint(capsys, 2, *words)
+    (tmp_path / "dino.pth").write_bytes(b"not a checkpoint")
+    assert "dino.pth" in complaint(capsys, 1, *words, "--encoder-mpp", "0.5")
+    assert not (tmp_path / "f").exists()
 
 
 def test_demo_on_a_folder_that_is_not_panda_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,21 +1,22 @@
 """Files and folders that are whole or not there at all: temporary name, fsync, rename, sha256.
 
-A *box* is a folder whose last written file is ``COMPLETE``: JSON with the sha256 of every other file in it.
-A box is built under a temporary name and renamed into place, so a reader never sees half of one.
+A *box* is a folder whose last written file lists the sha256 of every other file in it, in ``sha256sum``'s own format:
+``COMPLETE``, or ``SHA256SUMS`` in a bundle, where partners look for that name. A box is built under a temporary name
+and renamed into place, so a reader never sees half of one.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tiling.errors import DamageError
 
-COMPLETE = "COMPLETE"
+COMPLETE, SUMS = "COMPLETE", "SHA256SUMS"
 _CHUNK = 1 << 20
 
 
@@ -53,48 +54,74 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
-def box_files(folder: Path) -> list[str]:
-    """Relative POSIX paths of all files of a box but ``COMPLETE``, sorted."""
+def box_files(folder: Path, listing: str = COMPLETE) -> list[str]:
+    """Relative POSIX paths of all files of a box but its listing, sorted."""
     files = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
-    return sorted(name for path in files if (name := path.relative_to(folder).as_posix()) != COMPLETE)
+    return sorted(name for path in files if (name := path.relative_to(folder).as_posix()) != listing)
 
 
-def seal(folder: Path) -> None:
-    """Fsync every file of a finished box and write ``COMPLETE`` last."""
+def _listed(digests: Mapping[str, str]) -> bytes:
+    """The one way to write a listing."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())).encode()
+
+
+def read_listing(folder: Path, listing: str = COMPLETE) -> dict[str, str]:
+    """Digest of every file of a box, by name.
+
+    Raises:
+        DamageError: The listing is missing, or not byte for byte as it would be written.
+    """
+    path = folder / listing
+    try:
+        data = path.read_bytes()
+        pairs = [line.split("  ", 1) for line in data.decode().splitlines()]
+        digests = {name: digest for digest, name in pairs}
+    except FileNotFoundError as error:
+        raise DamageError("missing", path) from error
+    except (OSError, ValueError) as error:
+        raise DamageError("unreadable", path) from error
+    if _listed(digests) != data:
+        raise DamageError("unreadable", path)
+    return digests
+
+
+def seal(folder: Path, listing: str = COMPLETE) -> None:
+    """Fsync every file of a finished box and write its listing last."""
     digests = {}
-    for name in box_files(folder):
+    for name in box_files(folder, listing):
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     for path in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
         fsync_folder(path)
-    write_json(folder / COMPLETE, {"sha256": digests})
+    write_bytes(folder / listing, _listed(digests))
 
 
-def damaged_files(folder: Path) -> list[str]:
+def damaged_files(folder: Path, listing: str = COMPLETE) -> list[str]:
     """Everything wrong with a sealed box, one line per file; empty when it is sound.
 
-    Lists files that are missing, changed or not in the list, and a missing or unreadable ``COMPLETE``.
+    Lists files that are missing, changed, links (which may lead out of the box) or not in the listing, and a missing
+    or unreadable listing.
     """
     try:
-        digests = json.loads((folder / COMPLETE).read_bytes())["sha256"]
-    except FileNotFoundError:
-        return [f"{folder / COMPLETE}: missing"]
-    except (ValueError, KeyError, TypeError):
-        return [f"{folder / COMPLETE}: unreadable"]
-    present = set(box_files(folder))
-    found = [f"{folder / name}: not listed in {COMPLETE}" for name in sorted(present - digests.keys())]
+        digests = read_listing(folder, listing)
+    except DamageError as error:
+        return [str(error)]
+    present = set(box_files(folder, listing))
+    found = [f"{folder / name}: not listed in {listing}" for name in sorted(present - digests.keys())]
     for name, digest in sorted(digests.items()):
-        if name not in present:
+        if name not in present:  # a name that leads out of the box is never present
             found.append(f"{folder / name}: missing")
+        elif (folder / name).is_symlink():
+            found.append(f"{folder / name}: is a symbolic link")
         elif sha256_file(folder / name) != digest:
-            found.append(f"{folder / name}: sha256 differs from {COMPLETE}")
+            found.append(f"{folder / name}: sha256 differs from {listing}")
     return found
 
 
-def require_sound(folder: Path) -> None:
+def require_sound(folder: Path, listing: str = COMPLETE) -> None:
     """Raise DamageError naming the first damaged file of a sealed box, before anything in it is parsed."""
-    found = damaged_files(folder)
+    found = damaged_files(folder, listing)
     if found:
         raise DamageError(found[0], do="run `bony verify` for the whole list, then redo that part")
 
@@ -105,23 +132,23 @@ def read_listed(folder: Path, name: str) -> bytes:
     Raises:
         DamageError: The file or ``COMPLETE`` is missing, unreadable or changed.
     """
+    digest = read_listing(folder).get(name)
     try:
-        digest = json.loads((folder / COMPLETE).read_bytes())["sha256"][name]
         data = (folder / name).read_bytes()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
         raise DamageError(f"cannot be read ({type(error).__name__}: {error})", folder / name) from error
     if hashlib.sha256(data).hexdigest() != digest:
         raise DamageError(f"sha256 differs from {COMPLETE}", folder / name, "redo that part")
     return data
 
 
-def box_digest(folder: Path) -> str:
-    """Identity of a sealed box: sha256 of its ``COMPLETE`` file, which lists every other file's."""
-    return sha256_file(folder / COMPLETE)
+def box_digest(folder: Path, listing: str = COMPLETE) -> str:
+    """Identity of a sealed box: sha256 of its listing, which holds every other file's."""
+    return sha256_file(folder / listing)
 
 
 @contextmanager
-def building(final: Path, work: Path) -> Iterator[Path]:
+def building(final: Path, work: Path, listing: str = COMPLETE) -> Iterator[Path]:
     """Build a box in a fresh folder under ``work``; seal it and rename it to ``final`` on success.
 
     On an error the half-made folder is removed and nothing stands at ``final``. When another writer was first,
@@ -134,12 +161,12 @@ def building(final: Path, work: Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
     try:
         yield temporary
-        seal(temporary)
+        seal(temporary, listing)
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.rename(final)
         except OSError:
-            if not (final / COMPLETE).exists():
+            if not (final / listing).exists():
                 raise
         fsync_folder(final.parent)
     finally:

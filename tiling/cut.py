@@ -17,6 +17,7 @@ from tiling.slide import Slide
 from tiling.tissue import is_brightfield, tissue_fraction, tissue_mask
 
 NO_TISSUE, DAMAGED = "tissue", "damaged"
+NOT_BRIGHTFIELD = "does not look like bright-field: dark background"
 # Lumina of large benign glands and small vessels are about this large.
 LARGEST_HOLE_UM2 = 30_000.0
 _MCU = 16
@@ -70,6 +71,13 @@ class Plan:
     overview: np.ndarray = field(repr=False)
     brightfield: bool = True
     unknown: float = 0.0
+
+    def damage(self, dropped: int) -> str:
+        """What of the slide does not decode, ``dropped`` tiles among it; "" when all of it does."""
+        found = [f"{dropped} tiles lie on damaged segments and were dropped"] if dropped else []
+        if self.unknown:
+            found.append(f"{self.unknown:.2%} of its overview does not decode: filters alone judged the tiles there")
+        return "; ".join(found)
 
 
 def plan_slide(slide: Slide, settings: TileSettings) -> Plan:

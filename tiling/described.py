@@ -5,47 +5,56 @@ Another version is refused rather than guessed at; the caller's error type says 
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tiling.errors import BonyError
 
 
-def described(kind: str, version: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of a box of ``kind`` (such as "tile store") in its format ``version``."""
-    return {"format": _format(kind), "format_version": version, **values}
-
-
-def _format(kind: str) -> str:
-    return f"bony-{kind.replace(' ', '-')}"
-
-
-def read_described(
-    path: Path, kind: str, version: int, error: type[BonyError], advice: tuple[str, str]
-) -> dict[str, Any]:
-    """Read a description and check that it is of this kind and version.
+@dataclass(frozen=True)
+class Format:
+    """How the boxes of one kind say what they are.
 
     Args:
-        path: The JSON file.
-        kind: What the box should be.
-        version: The format version that this software reads.
+        kind: Such as "tile store".
+        version: The format version that this software writes and reads.
+        file: The JSON file.
         error: Type of the errors raised.
-        advice: What to do when there is none, and when it is of another version.
-
-    Returns:
-        What ``described`` was given, without kind and version.
-
-    Raises:
-        error: The file is missing, unreadable, of another kind or of another version.
+        made_by: The command that makes such a box.
     """
-    try:
-        value: dict[str, Any] = json.loads(path.read_bytes())
-        stated, found = value.pop("format"), value.pop("format_version")
-    except FileNotFoundError as cause:
-        raise error(f"not a {kind}: it has no {path.name}", path.parent, advice[0]) from cause
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
-        raise error(f"cannot be read ({type(cause).__name__}: {cause})", path) from cause
-    if stated != _format(kind) or found != version:
-        found = found if stated == _format(kind) else "unknown"
-        raise error(f"{kind} has format version {found}, this software reads {version}", path, advice[1])
-    return value
+
+    kind: str
+    version: int
+    file: str
+    error: type[BonyError]
+    made_by: str
+
+    def describe(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What the JSON file of such a box holds."""
+        return {"format": self._name, "format_version": self.version, **values}
+
+    @property
+    def _name(self) -> str:
+        return f"bony-{self.kind.replace(' ', '-')}"
+
+    def read(self, folder: Path) -> dict[str, Any]:
+        """What ``describe`` was given, without kind and version.
+
+        Raises:
+            BonyError: Of type ``error``: the file is missing, unreadable, of another kind or of another version.
+        """
+        path = folder / self.file
+        try:
+            value: dict[str, Any] = json.loads(path.read_bytes())
+            stated, found = value.pop("format"), value.pop("format_version")
+        except FileNotFoundError as cause:
+            what = f"not a {self.kind}: it has no {self.file}"
+            raise self.error(what, folder, f"make one with `{self.made_by}`") from cause
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+            raise self.error(f"cannot be read ({type(cause).__name__}: {cause})", path) from cause
+        if stated != self._name or found != self.version:
+            found = found if stated == self._name else "unknown"
+            what = f"{self.kind} has format version {found}, this software reads {self.version}"
+            raise self.error(what, path, "make it again, or use the version of bony that wrote it")
+        return value

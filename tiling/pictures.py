@@ -32,8 +32,16 @@ _LEGEND_FONT, _CAPTION_FONT = 24, 17
 _WHITE = (255, 255, 255)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font: figures look the same on every machine."""
     return ImageFont.load_default(size)
+
+
+def fit_overview(overview: np.ndarray) -> np.ndarray:
+    """The overview (H, W, 3) with its longer side at THUMBNAIL_SIDE, uint8."""
+    scale = THUMBNAIL_SIDE / max(overview.shape[:2])
+    size = max(1, round(overview.shape[1] * scale)), max(1, round(overview.shape[0] * scale))
+    return np.asarray(cv2.resize(overview, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR))
 
 
 def thumbnail(overview: np.ndarray, cut: Cut, corners: np.ndarray, reasons: Sequence[str]) -> bytes:
@@ -45,14 +53,13 @@ def thumbnail(overview: np.ndarray, cut: Cut, corners: np.ndarray, reasons: Sequ
         corners: Candidates' corners in pixels of the cut level, shape (N, 2).
         reasons: Why each was rejected; "" for kept ones.
     """
-    scale = THUMBNAIL_SIDE / max(overview.shape[:2])
-    size = round(overview.shape[1] * scale), round(overview.shape[0] * scale)
-    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    picture = np.full((size[1] + _STRIP, max(size[0], 700), 3), 255, np.uint8)
-    picture[_STRIP:, : size[0]] = cv2.resize(overview, size, interpolation=interpolation)
+    fitted = fit_overview(overview)
+    height, width = fitted.shape[:2]
+    picture = np.full((height + _STRIP, max(width, 700), 3), 255, np.uint8)
+    picture[_STRIP:, :width] = fitted
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
-    to_picture = size[0] / cut.level.width
+    to_picture = width / cut.level.width
     order = sorted(range(len(corners)), key=lambda n: reasons[n] == "")  # kept ones are drawn last, on top
     for number in order:
         x, y = corners[number] * to_picture
@@ -72,8 +79,8 @@ def _legend(draw: ImageDraw.ImageDraw, reasons: Sequence[str]) -> None:
             continue
         draw.rectangle((left, 9, left + 18, 27), outline=colour, width=4)
         text = f"{_NAMES.get(reason, reason)} {count}"
-        draw.text((left + 26, 4), text, fill=(0, 0, 0), font=_font(_LEGEND_FONT))
-        left += 50 + round(draw.textlength(text, font=_font(_LEGEND_FONT)))
+        draw.text((left + 26, 4), text, fill=(0, 0, 0), font=font(_LEGEND_FONT))
+        left += 50 + round(draw.textlength(text, font=font(_LEGEND_FONT)))
 
 
 def contact_sheet(kept: Sequence[tuple[np.ndarray, str]], rejected: Sequence[tuple[np.ndarray, str]]) -> bytes:
@@ -96,11 +103,11 @@ def _strip(title: str, tiles: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
     rows = -(-len(tiles) // SHEET_COLUMNS)
     image = Image.new("RGB", (SHEET_COLUMNS * (SHEET_TILE + 4), _STRIP + rows * step), _WHITE)
     draw = ImageDraw.Draw(image)
-    draw.text((4, 6), title, fill=(0, 0, 0), font=_font(_LEGEND_FONT - 2))
+    draw.text((4, 6), title, fill=(0, 0, 0), font=font(_LEGEND_FONT - 2))
     for number, (tile, caption) in enumerate(tiles):
         row, column = divmod(number, SHEET_COLUMNS)
         small = cv2.resize(tile, (SHEET_TILE, SHEET_TILE), interpolation=cv2.INTER_AREA)
         x, y = column * (SHEET_TILE + 4), _STRIP + row * step
         image.paste(Image.fromarray(small), (x, y))
-        draw.text((x + 2, y + SHEET_TILE + 1), caption, fill=(60, 60, 60), font=_font(_CAPTION_FONT))
+        draw.text((x + 2, y + SHEET_TILE + 1), caption, fill=(60, 60, 60), font=font(_CAPTION_FONT))
     return np.asarray(image)

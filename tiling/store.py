@@ -19,14 +19,14 @@ import numpy as np
 import pyarrow as pa
 
 from tiling import atomic
-from tiling.described import described, read_described
+from tiling.described import Format
 from tiling.errors import DamageError, StoreError
 from tiling.index import SLIDES, read_index
 from tiling.settings import TileSettings
 from tiling.shard import ShardedArray
 
-KIND, FORMAT_VERSION = "tile store", 1
-DESCRIPTION = "store.json"
+TILE_STORE = Format("tile store", 1, "store.json", StoreError, "bony tile")
+DESCRIPTION = TILE_STORE.file
 WORK = "work"
 TILES, MASKS = "tiles.zarr", "masks.zarr"
 MASK_CODEC = "zstd"
@@ -49,7 +49,7 @@ class Description:
             "class_names": list(self.class_names),
             "settings": self.settings.to_json(),
         }
-        return described(KIND, FORMAT_VERSION, values)
+        return TILE_STORE.describe(values)
 
 
 def read_description(store: Path) -> Description:
@@ -58,13 +58,11 @@ def read_description(store: Path) -> Description:
     Raises:
         StoreError: It is missing, unreadable, or of another format version.
     """
-    path = store / DESCRIPTION
-    redo = "tile again, or use the version of bony that wrote it"
-    value = read_described(path, KIND, FORMAT_VERSION, StoreError, ("make one with `bony tile`", redo))
+    value = TILE_STORE.read(store)
     try:
         return Description(TileSettings.from_json(value["settings"]), value["dataset"], tuple(value["class_names"]))
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"cannot be read ({type(error).__name__}: {error})", path) from error
+        raise StoreError(f"cannot be read ({type(error).__name__}: {error})", store / DESCRIPTION) from error
 
 
 def prepare(store: Path, description: Description) -> None:

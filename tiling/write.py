@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from tiling import atomic, codec, pictures
-from tiling.cut import DAMAGED, Candidate, Plan, cut_image, cut_slide, plan_slide
+from tiling.cut import DAMAGED, NOT_BRIGHTFIELD, Candidate, Plan, cut_image, cut_slide, plan_slide
 from tiling.datasets import Source
 from tiling.errors import SlideError
 from tiling.index import ROWS, SLIDES, rows_table
@@ -186,10 +186,7 @@ def _write_slide(folder: Path, source: Source, settings: TileSettings) -> tuple[
         )  # fmt: skip
         writer.close(folder, scheme.values if scheme and mask is not None else (), facts)
     (folder / THUMBNAIL).write_bytes(_thumbnail(plan, writer))
-    damage = [f"{damaged} tiles lie on damaged segments and were dropped"] if damaged else []
-    if plan.unknown:
-        damage.append(f"{plan.unknown:.2%} of its overview does not decode: filters alone judged the tiles there")
-    return writer, "; ".join(damage), "" if plan.brightfield else "does not look like bright-field: dark background"
+    return writer, plan.damage(damaged), "" if plan.brightfield else NOT_BRIGHTFIELD
 
 
 def _thumbnail(plan: Plan, writer: _SlideWriter) -> bytes:

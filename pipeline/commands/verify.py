@@ -1,12 +1,13 @@
-"""``bony verify``: check every checksum of a store, run, feature store or result."""
+"""``bony verify``: check every checksum of a box of any kind."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.boxes import kind_of
 from pipeline.commands.parser import command_parser
 from tiling import atomic
 from tiling.audit import store_problems
-from tiling.errors import EXIT_DONE, EXIT_FAILED, UsageError
+from tiling.errors import EXIT_DONE, EXIT_FAILED
 
 
 def problems(path: Path) -> list[str]:
@@ -15,25 +16,35 @@ def problems(path: Path) -> list[str]:
     Raises:
         UsageError: It is no box that bony makes.
     """
-    if (path / "store.json").exists():
+    kind = kind_of(path)
+    if kind == "store":
         return store_problems(path)
-    if (path / "features.json").exists():
+    if kind == "features":
         from pipeline import features
 
         return features.problems(path)
-    if (path / "run.json").exists():
+    if kind == "bundle":
+        from pipeline import bundle
+
+        return bundle.problems(path)
+    if kind == "predictions":
+        from pipeline import predict
+
+        return predict.problems(path)
+    if kind == "run":
         return [line for folder in sorted(path.glob("checkpoints/step-*")) for line in atomic.damaged_files(folder)]
-    if (path / atomic.COMPLETE).exists() or (path / "results.json").exists():
-        return atomic.damaged_files(path)
-    raise UsageError("is no store, run, feature store or result", path)
+    return atomic.damaged_files(path)
 
 
 def run(words: Sequence[str]) -> int:
     """Run the command."""
     parser = command_parser(
-        "verify", "Check every checksum. Exit code 0: sound; 1: damaged, each damaged file is named."
+        "verify",
+        "Check every checksum of a store, run, checkpoint, feature store, result, bundle or predictions; a bundle also "
+        "embeds its self-test tiles. Exit code 0: sound; 1: damaged, each damaged file is named.",
+        "bony verify store",
     )
-    parser.add_argument("path", type=Path, metavar="STORE_OR_RUN_OR_FEATURES_OR_RESULT")
+    parser.add_argument("path", type=Path, metavar="STORE_OR_RUN_OR_FEATURES_OR_BUNDLE")
     args = parser.parse_args(words)
     found = problems(args.path)
     for line in found:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from pipeline.boxes import RESULT
 from pipeline.checkpoint import write_tensors
 from pipeline.downstream.fit import FitConfig, FitResult, fit_classifier, predict
 from pipeline.downstream.metrics import classification
@@ -19,7 +20,6 @@ from pipeline.downstream.splits import Split, split_by_slide, split_by_tile
 from pipeline.features import read_description, read_features
 from pipeline.report import figures
 from tiling import atomic
-from tiling.described import described
 from tiling.errors import EvaluationError, UsageError
 from tiling.index import COVERAGE
 from tiling.labels import SCHEMES, UNLABELLED
@@ -27,9 +27,8 @@ from tiling.progress import progress, say
 from tiling.store import TileStore
 
 RESULTS, DECODER, PREDICTIONS, CONFUSION, CURVES = (
-    "results.json", "decoder.safetensors", "predictions.parquet", "confusion.png", "curves.png",
+    RESULT.file, "decoder.safetensors", "predictions.parquet", "confusion.png", "curves.png",
 )  # fmt: skip
-KIND, FORMAT_VERSION = "result", 1
 TAP = "head"
 
 
@@ -117,7 +116,7 @@ def evaluate_panda(
         "best_epoch": fit.best_epoch, "history": fit.history,
         "software": {"bony": version("bony"), "torch": torch.__version__},
     }  # fmt: skip
-    result = described(KIND, FORMAT_VERSION, values)
+    result = RESULT.describe(values)
     _write(out, result, fit, _predictions(tiles, probabilities, split))
     return result
 
@@ -218,6 +217,19 @@ def _write(out: Path, result: dict[str, Any], fit: FitResult, predictions: pa.Ta
         title = f"PANDA, test part, {result['protocol']} protocol"
         (folder / CONFUSION).write_bytes(figures.confusion_matrix(test["confusion"], result["class_names"], title))
         (folder / CURVES).write_bytes(figures.decoder_curves(fit.history, fit.best_epoch, "PANDA decoder"))
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What a RESULT's results.json holds, after every checksum is checked.
+
+    Raises:
+        DamageError: A file is damaged.
+        EvaluationError: It is no result, or of another format version.
+    """
+    if not path.is_dir():
+        raise EvaluationError("no such result", path, "make one with `bony evaluate`")
+    atomic.require_sound(path)
+    return RESULT.read(path)
 
 
 TASKS = {"panda": evaluate_panda}

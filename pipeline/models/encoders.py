@@ -26,9 +26,15 @@ def build_encoder(name: str, drop_path: float = 0.0) -> nn.Module:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"close ones: {', '.join(near)}" if near else f"choose a timm model of {', '.join(FAMILIES)}"
         raise UsageError(f"model.name is {name!r}, no XCiT or ViT of timm has that name", do=hint)
-    extra: dict[str, Any] = {"dynamic_img_size": True} if name.startswith("vit_") else {}
-    encoder: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, drop_path_rate=drop_path, **extra)
+    encoder: nn.Module = timm.create_model(
+        name, pretrained=False, num_classes=0, drop_path_rate=drop_path, **create_options(name)
+    )
     return synchronise(encoder)
+
+
+def create_options(name: str) -> dict[str, Any]:
+    """Options of ``timm.create_model`` that this architecture needs to take images of any size."""
+    return {"dynamic_img_size": True} if name.startswith("vit_") else {}
 
 
 def width(encoder: nn.Module) -> int:

@@ -1,19 +1,24 @@
 """A frozen encoder by one contract: uint8 tiles in, features out, with its own normalisation and scale."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline import checkpoint
+from pipeline.models import facebook
 from pipeline.models.encoders import build_encoder, width
 from pipeline.models.heads import DinoHead
 from tiling import atomic
 from tiling.errors import CheckpointError, UsageError
 
 Triple = tuple[float, float, float]
+# What the original code normalises with, whatever it was trained on.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,12 @@ class FrozenEncoder:
         std: Per-channel standard deviation.
         mpp: um/px it was trained at.
         sha256: Identity of the weights.
-        store_fingerprint: Identity of the store it was pretrained on.
+        store_fingerprint: Identity of the store it was pretrained on; "" where that is not known.
     """
 
     name: str
     backbone: nn.Module
-    head: Callable[[torch.Tensor], torch.Tensor] | None
+    head: nn.Module | None
     mean: Triple
     std: Triple
     mpp: float
@@ -42,14 +47,38 @@ class FrozenEncoder:
 
     @torch.no_grad()
     def features(self, tiles: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features of uint8 tiles (B, px, px, 3) on the encoder's device: ``cls`` (B, D), ``head`` (B, K), float32."""
-        images = tiles.permute(0, 3, 1, 2).float() / 255
-        mean, std = (torch.tensor(values, device=tiles.device).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        """Features of uint8 tiles (B, px, px, 3) on the encoder's device: ``cls`` (B, D), ``head`` (B, K), float32.
+
+        They are computed in the type of the weights.
+        """
+        kind = next(self.backbone.parameters()).dtype
+        images = tiles.permute(0, 3, 1, 2).to(kind) / 255
+        mean, std = (
+            torch.tensor(values, dtype=kind, device=tiles.device).view(1, 3, 1, 1) for values in (self.mean, self.std)
+        )
         cls = self.backbone((images - mean) / std)
         found = {"cls": cls.float()}
         if self.head is not None:
             found["head"] = self.head(cls).float()
         return found
+
+    def double(self) -> "FrozenEncoder":
+        """The same in float64: what float32 should come close to on any machine."""
+        head = None if self.head is None else copy.deepcopy(self.head).double()
+        return replace(self, backbone=copy.deepcopy(self.backbone).double(), head=head)
+
+
+def networks(name: str, head: Mapping[str, int] | None) -> nn.ModuleDict:
+    """``backbone`` and, unless ``head`` is None, a DINO ``head`` of these ``HEAD_SIZES``: untrained, in eval mode."""
+    parts: dict[str, nn.Module] = {"backbone": build_encoder(name)}
+    if head is not None:
+        parts["head"] = DinoHead(width(parts["backbone"]), **head)
+    return nn.ModuleDict(parts).eval().requires_grad_(False)
+
+
+def head_sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """Sizes of the DINO head in a run's config."""
+    return {key: int(config[f"method.{key}"]) for key in ("out_dim", "hidden_dim", "bottleneck_dim")}
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -80,16 +109,9 @@ def load_encoder(path: Path, device: torch.device) -> FrozenEncoder:
     folder = resolve_checkpoint(path)
     state = checkpoint.read_state(folder)
     config = state["config"]
-    backbone = build_encoder(config["model.name"])
-    head = DinoHead(
-        width(backbone),
-        config["method.out_dim"],
-        config["method.hidden_dim"],
-        config["method.bottleneck_dim"],
-    )
-    teacher = nn.ModuleDict({"backbone": backbone, "head": head})
+    teacher = networks(config["model.name"], head_sizes(config))
     checkpoint.load_network(folder, "teacher", teacher)
-    teacher.eval().requires_grad_(False).to(device)
+    teacher.to(device)
     return FrozenEncoder(
         name=config["model.name"],
         backbone=teacher["backbone"],
@@ -99,4 +121,36 @@ def load_encoder(path: Path, device: torch.device) -> FrozenEncoder:
         mpp=float(state["mpp"]),
         sha256=atomic.sha256_file(folder / "teacher.safetensors"),
         store_fingerprint=state["store_fingerprint"],
+    )
+
+
+def load_original(path: Path, mpp: float, device: torch.device) -> FrozenEncoder:
+    """The teacher of a checkpoint file of the original DINO code, in eval mode.
+
+    Args:
+        path: Its ``.pth`` file.
+        mpp: um/px it was trained at; the file does not say.
+        device: Where to put it.
+
+    Raises:
+        UsageError: There is no such file.
+        CheckpointError: It holds something else, or an architecture that is not known.
+    """
+    found = facebook.read_original(path)
+    name = facebook.timm_name(found)
+    tensors = {f"backbone.{key}": tensor for key, tensor in found.backbone.items()}
+    sizes = None
+    if found.head is not None:
+        tensors |= {f"head.{key}": tensor for key, tensor in found.head.items()}
+        prototypes = found.head["last_layer.weight_v"].shape
+        sizes = {
+            "out_dim": prototypes[0], "hidden_dim": len(found.head["mlp.0.bias"]), "bottleneck_dim": prototypes[1],
+        }  # fmt: skip
+    teacher = networks(name, sizes)
+    checkpoint.require_fitting(path, tensors, teacher)
+    teacher.load_state_dict(tensors)
+    teacher.to(device)
+    head = teacher["head"] if sizes else None
+    return FrozenEncoder(
+        name, teacher["backbone"], head, IMAGENET_MEAN, IMAGENET_STD, mpp, atomic.sha256_file(path), ""
     )

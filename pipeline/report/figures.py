@@ -1,4 +1,4 @@
-"""Figures as PNG bytes, 1,280 pixels wide at most, without pyplot and its global state.
+"""Figures as PNG bytes, as wide as the page's column at most, without pyplot and its global state.
 
 Values that are not finite leave gaps, classes without rows are hatched grey, and a figure of nothing says
 so: a report must not fail because a run was short.
@@ -7,6 +7,7 @@ so: a report must not fail because a run was short.
 import io
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,21 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-PAGE_PX = 1280
+PAGE_PX = 1180
 Level = float | tuple[float, str]
 
 _DPI = 100
 _FONT = 11
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
+_COLOURS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
+_DASHES = ("-", "--", ":", "-.")
 _INK, _GREY, _PALE = "#222222", "#8a8a8a", "#ececec"
 _BLUES = LinearSegmentedColormap.from_list("bony", ["#ffffff", "#9cc9e3", _BLUE, "#003a5c"])
 _ANNOTATED = 14  # more classes than this leave no room for numbers in the cells
 _LONG = 200  # points; a longer curve is drawn pale, with its running mean on top
 _PANELS_PER_ROW = 3
+_CHARACTER = 0.09  # inches, of a tick label
 
 
 def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[str], title: str = "") -> bytes:
@@ -46,19 +50,26 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     counts = np.asarray(confusion, np.int64).reshape(classes, classes)
     support = counts.sum(axis=1)
     shares = counts / np.maximum(support, 1)[:, None]  # (C, C)
-    side = min(8.5, max(3.0, 0.95 * classes))
-    names = min(2.6, 0.095 * max((len(name) for name in class_names), default=0))
-    figure = _figure(side + names + 2.8, side + min(names, 1.6) + 1.3)
+    side = min(8.5, max(2.6, 0.8 * classes))
+    shown = [_shorten(name) for name in class_names]
+    names = _CHARACTER * max(map(len, shown), default=0)
+    annotated = classes <= _ANNOTATED
+    crowded = any(_CHARACTER * len(a + b) / 2 > side / classes for a, b in pairwise(shown))
+    figure = _figure(side + names + (0.9 if annotated else 2.2), side + (min(names, 1.6) if crowded else 0.2) + 0.6)
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap=_BLUES, vmin=0, vmax=1)
     for row in np.flatnonzero(support == 0):
         axes.add_patch(_hatched(-0.5, row - 0.5, classes, 1))
-    if classes <= _ANNOTATED:
+    if annotated:
         _annotate(axes, counts, shares)
-    crowded = names > side / max(classes, 1)
+    else:
+        bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, format=PercentFormatter(1.0, decimals=0))
+        bar.set_label("share of the true class", fontsize=_FONT, color=_INK)
+        bar.ax.tick_params(labelsize=_FONT - 1, colors=_INK, length=0)
+        bar.outline.set_visible(False)
     turned: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
-    axes.set_xticks(range(classes), [_shorten(name) for name in class_names], parse_math=False, **turned)
-    rows = [f"{_shorten(name)}\nn = {count:,}" for name, count in zip(class_names, support, strict=True)]
+    axes.set_xticks(range(classes), shown, parse_math=False, **turned)
+    rows = [f"{name}\nn = {count:,}" for name, count in zip(shown, support, strict=True)]
     axes.set_yticks(range(classes), rows, parse_math=False)
     axes.set_xticks(np.arange(classes + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
@@ -67,10 +78,6 @@ def confusion_matrix(confusion: Sequence[Sequence[int]], class_names: Sequence[s
     axes.spines[:].set_visible(False)
     axes.set_xlabel("predicted", fontsize=_FONT, color=_INK)
     axes.set_ylabel("truth", fontsize=_FONT, color=_INK)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02, format=PercentFormatter(1.0, decimals=0))
-    bar.set_label("share of the true class", fontsize=_FONT, color=_INK)
-    bar.ax.tick_params(labelsize=_FONT - 1, colors=_INK, length=0)
-    bar.outline.set_visible(False)
     return _png(figure, title)
 
 
@@ -87,7 +94,7 @@ def training_curves(
             measured), one that is not finite leaves a gap.
         keys: (key in the records, title of its panel), in the order of the panels.
         title: Text above the figure.
-        hlines: Key to the value of a dashed line in its panel, or to (value, text beside it), such as
+        hlines: Key to the value of a dashed line in its panel, or to (value, its name), such as
             ``{"loss": (math.log(4096), "ln K")}``.
 
     Returns:
@@ -95,7 +102,7 @@ def training_curves(
     """
     columns = min(_PANELS_PER_ROW, max(1, len(keys)))
     rows = max(1, math.ceil(len(keys) / columns))
-    figure = _figure((6.4, 9.6, 12.8)[columns - 1], 3.0 * rows + 0.5)
+    figure = _figure((6.4, 9.6, PAGE_PX / _DPI)[columns - 1], 3.0 * rows + 0.3)
     panels = np.atleast_1d(figure.subplots(rows, columns, sharex=True, squeeze=False)).ravel()
     for axes, (key, label) in zip(panels, keys, strict=False):
         x, y = _series(metrics, "step", key)
@@ -111,6 +118,37 @@ def training_curves(
     for axes, (key, _) in zip(panels, keys, strict=False):
         if not np.isfinite(_series(metrics, "step", key)[1]).any():
             _nothing(axes, f"no values of {key}")
+    return _png(figure, title)
+
+
+def overlaid_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, title: str = "") -> bytes:
+    """One metric of several runs over the steps, in one panel.
+
+    Args:
+        runs: Name of a run to its records, as for ``training_curves``.
+        key: The metric.
+        title: Text above the figure.
+
+    Returns:
+        A PNG.
+    """
+    figure = _figure(PAGE_PX / _DPI, max(4.0, 0.25 * len(runs) + 0.8))
+    axes = figure.add_subplot()
+    _style(axes, key)
+    axes.set_xlabel("step", fontsize=_FONT, color=_INK)
+    for number, (name, metrics) in enumerate(runs.items()):
+        dashes, colour = divmod(number, len(_COLOURS))
+        look = _COLOURS[colour], _shorten(name, 40), _DASHES[dashes % len(_DASHES)]
+        _curve(axes, *_series(metrics, "step", key), *look)
+    low, high = axes.dataLim.intervalx
+    if not math.isfinite(low):
+        _nothing(axes, f"no values of {key}")
+        return _png(figure, title)
+    margin = 0.03 * (high - low) or 1
+    axes.set_xlim(low - margin, high + margin)
+    legend = figure.legend(loc="outside right upper", fontsize=_FONT - 1, frameon=False, labelcolor=_INK)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return _png(figure, title)
 
 
@@ -161,7 +199,7 @@ def class_bars(counts: Mapping[str, int], title: str = "") -> bytes:
     Returns:
         A PNG.
     """
-    figure = _figure(8.6, 0.42 * max(2, len(counts)) + 1.1)
+    figure = _figure(6.8, 0.36 * max(3, len(counts)) + 0.6)
     axes = figure.add_subplot()
     total, longest = sum(counts.values()), max(counts.values(), default=0)
     for row, count in enumerate(counts.values()):
@@ -174,7 +212,7 @@ def class_bars(counts: Mapping[str, int], title: str = "") -> bytes:
         axes.text(count, row, text, va="center", color=_INK if count else _GREY, fontsize=_FONT)
     axes.set_yticks(range(len(counts)), [_shorten(name) for name in counts], parse_math=False)
     axes.set_ylim(max(1, len(counts)) - 0.5, -0.5)
-    axes.set_xlim(0, 1.25 * max(1, longest))
+    axes.set_xlim(0, 1.35 * max(1, longest))
     axes.set_xticks([])
     axes.tick_params(length=0, labelsize=_FONT, colors=_INK)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
@@ -219,16 +257,17 @@ def _series(records: Sequence[Mapping[str, Any]], x_key: str, y_key: str) -> tup
     return x, np.where(np.isfinite(y), y, math.nan)
 
 
-def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str | None = None) -> None:
+def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str | None = None, dashes: str = "-") -> None:
     if not len(x):
         return
     if x[0] == x[-1]:
         axes.set_xlim(x[0] - 1, x[0] + 1)  # one point: whole numbers on the axis, not fractions around it
     if len(x) <= _LONG:
-        axes.plot(x, y, color=colour, linewidth=1.8, marker="o" if len(x) <= 30 else "", markersize=4, label=label)
+        marker = "o" if len(x) <= 30 else ""
+        axes.plot(x, y, dashes, color=colour, linewidth=1.8, marker=marker, markersize=4, label=label)
         return
     axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
-    axes.plot(x, _running_mean(y, len(y) // 50), color=colour, linewidth=2, label=label)
+    axes.plot(x, _running_mean(y, len(y) // 50), dashes, color=colour, linewidth=2, label=label)
 
 
 def _running_mean(y: np.ndarray, half: int) -> np.ndarray:
@@ -245,18 +284,8 @@ def _level(axes: Axes, level: Level | None) -> None:
         return
     value, text = level if isinstance(level, tuple) else (level, "")
     axes.axhline(value, color=_ORANGE, linestyle="--", linewidth=1.2)
-    axes.margins(y=0.15)  # room for the text
-    axes.annotate(
-        f"{text} = {value:.4g}" if text else f"{value:.4g}",
-        (1, value),
-        xycoords=("axes fraction", "data"),
-        xytext=(-2, 3),
-        textcoords="offset points",
-        ha="right",
-        color=_ORANGE,
-        fontsize=_FONT - 1,
-        parse_math=False,
-    )
+    label = f"{text} = {value:.4g}" if text else f"{value:.4g}"
+    axes.set_title(f"- -  {label}", fontsize=_FONT - 1, color=_ORANGE, loc="right", parse_math=False)
 
 
 def _annotate(axes: Axes, counts: np.ndarray, shares: np.ndarray) -> None:

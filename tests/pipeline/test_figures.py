@@ -66,6 +66,13 @@ def test_training_curves_without_keys_or_lines() -> None:
     check_png(figures.training_curves(records(5), [("loss", "loss")]))
 
 
+@pytest.mark.parametrize("lengths", [(), (0, 0), (1,), (1, 60), (900, 3, 0), (30,) * 16])
+def test_overlaid_curves(lengths: tuple[int, ...]) -> None:
+    runs = {f"experiments/$a$/run-{number}": records(length) for number, length in enumerate(lengths)}
+    check_png(figures.overlaid_curves(runs, "loss", "Losses"))
+    check_png(figures.overlaid_curves(runs, "never logged"))
+
+
 def test_decoder_curves() -> None:
     history = [
         {"epoch": e, "train_loss": 1 / e, "val_loss": 1.1 / e, "val_accuracy": 0.5, "val_balanced_accuracy": 0.4}

@@ -105,7 +105,7 @@ def test_out_that_is_something_else(slide: Path, tmp_path: Path, complaint: Call
         (
             "format_version",
             99,
-            "tile store has format version 99, this software reads 1; tile again, or use the version",
+            "tile store has format version 99, this software reads 1; make it again, or use the version",
         ),
         ("format", "something", "tile store has format version unknown, this software reads 1"),
         ("settings", {}, "cannot be read (KeyError: 'thresholds')"),

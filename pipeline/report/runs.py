@@ -1,0 +1,243 @@
+"""The section of a pretraining run, and several runs compared. Nothing here loads torch."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.boxes import CHECKPOINT, RUN
+from pipeline.config import PretrainConfig, flatten
+from pipeline.report import figures
+from pipeline.report.page import Cell, Fold, Link, Note, Part, Picture, Row, Section, Stack, Table
+from pipeline.report.text import DASH, count, counted, decimal, duration, facts, identity, software
+from tiling import atomic
+from tiling.errors import DamageError
+
+# As pipeline.monitor and checkpoint, which load torch, have them.
+METRICS, CHECKPOINTS, TEACHER = "metrics.jsonl", "checkpoints", "teacher.safetensors"
+
+_PANELS = (
+    ("loss", "loss"), ("teacher_entropy", "teacher entropy"), ("kl", "KL(teacher, student)"),
+    ("feature_std", "spread of head output"), ("grad_norm", "gradient norm"), ("samples_per_s", "tiles/s"),
+)  # fmt: skip
+# Shares of ln K beyond which the teacher's entropy, and within which the loss, mean that nothing is being learned.
+_UNIFORM, _ONE_PROTOTYPE, _AT_LN_K = 0.99, 0.01, 0.01
+_LEAST_SPREAD = 0.01
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """One checkpoint: its step, what it says of itself, sha256 of its teacher as COMPLETE states it."""
+
+    step: int
+    state: dict[str, Any]
+    teacher: str
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a RUN says of itself: as it was last continued, where it has a checkpoint."""
+
+    about: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    checkpoints: list[_Checkpoint]
+    damage: list[str]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        values: dict[str, Any] = self.about["config"]
+        return values
+
+    @property
+    def steps(self) -> int:
+        """Steps that the config asks for."""
+        return int(self.config["train.steps"])
+
+    @property
+    def done(self) -> int:
+        """Steps that metrics or checkpoints know of."""
+        logged = int(self.metrics[-1]["step"]) if self.metrics else 0
+        return max(logged, self.checkpoints[-1].step if self.checkpoints else 0)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in steps, from the logged rates."""
+        total, before = 0.0, 0
+        for line in self.metrics:
+            rate = line.get("samples_per_s") or math.inf
+            total += (line["step"] - before) * self.about["global_batch"] / rate
+            before = line["step"]
+        return total
+
+    def last(self, key: str) -> float | None:
+        """Mean of a figure over the last tenth of the logged lines; None when it was not logged there."""
+        tail = self.metrics[-max(1, len(self.metrics) // 10) :] if self.metrics else []
+        values = [value for line in tail if (value := line.get(key)) is not None and math.isfinite(value)]
+        return sum(values) / len(values) if values else None
+
+
+def _read_run(path: Path) -> _Run:
+    about = RUN.read(path)
+    metrics, damage = _read_metrics(path)
+    checkpoints = []
+    for folder in sorted((path / CHECKPOINTS).glob("step-*")):
+        try:
+            checkpoints.append(_read_checkpoint(folder))
+        except DamageError as error:
+            damage.append(f"damaged checkpoint: {error}")
+    return _Run(checkpoints[-1].state if checkpoints else about, metrics, checkpoints, damage)
+
+
+def _read_checkpoint(folder: Path) -> _Checkpoint:
+    """What a checkpoint says of itself; its tensors must be there, and are not read."""
+    state = json.loads(atomic.read_listed(folder, CHECKPOINT.file))
+    digests = atomic.read_listing(folder)
+    for name in digests.keys() - atomic.box_files(folder):
+        raise DamageError("missing", folder / name)
+    return _Checkpoint(state["step"], state, digests[TEACHER])
+
+
+def _read_metrics(run: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Lines of metrics.jsonl, and what is wrong with them; a last line that a kill cut short is nothing wrong."""
+    path = run / METRICS
+    lines = path.read_text().splitlines() if path.is_file() else []
+    found, broken = [], 0
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            broken += number < len(lines)
+    return found, [f"{counted(broken, 'line')} of {METRICS} cannot be read"] if broken else []
+
+
+def run_section(path: Path) -> Section:
+    """How far a run came and what its figures say.
+
+    Raises:
+        CheckpointError: It is no run of this format version.
+    """
+    run = _read_run(path)
+    parts: list[Part] = [Row([facts("The run", _facts(run)), *_checkpoints(run)])]
+    if run.metrics:
+        parts.append(_curves(run))
+    parts.append(Fold("Configuration", [_config_table(run.config)]))
+    name, method = run.config["model.name"], run.config["method.name"]
+    summary = f"{name}, {method}, {count(run.done)} of {count(run.steps)} steps"
+    teachers = [saved.teacher for saved in reversed(run.checkpoints)]
+    return Section("Pretraining", parts, [*run.damage, *_warnings(run)], summary, teachers)
+
+
+def _warnings(run: _Run) -> list[str]:
+    found = []
+    saved = run.checkpoints[-1].step if run.checkpoints else None
+    if saved != run.steps:
+        where = "there is no checkpoint yet" if saved is None else f"the newest checkpoint is of step {count(saved)}"
+        found.append(f"not finished: {count(run.done)} of {count(run.steps)} steps, {where}")
+    if not run.metrics:
+        return [*found, "no figures are logged yet"]
+    lost = sum(line.get("loss") is None for line in run.metrics)
+    if lost:
+        found.append(f"the loss is not finite in {counted(lost, 'logged line')}")
+    return [*found, *_collapse(run)]
+
+
+def _collapse(run: _Run) -> list[str]:
+    """Signs of collapse, or of nothing learned, in the last tenth of the logged lines."""
+    found = []
+    ln_k, entropy, loss, spread = (run.last(key) for key in ("ln_k", "teacher_entropy", "loss", "feature_std"))
+    if ln_k and entropy is not None and entropy > _UNIFORM * ln_k:
+        said = f"the teacher's entropy {entropy:.3f} is at ln K = {ln_k:.3f}"
+        found.append(f"{said}: its outputs are uniform (collapse, or nothing learned yet)")
+    elif ln_k and entropy is not None and entropy < _ONE_PROTOTYPE * ln_k:
+        found.append(f"the teacher's entropy {entropy:.3g} is at 0: one prototype takes all tiles (collapse)")
+    if ln_k and loss is not None and abs(loss / ln_k - 1) < _AT_LN_K:
+        found.append(f"the loss {loss:.3f} is at ln K = {ln_k:.3f}: nothing learned, so far or any more")
+    if spread is not None and spread < _LEAST_SPREAD:
+        found.append(f"the head's outputs hardly differ between tiles (spread {spread:.2g}; independent ones have 1)")
+    return found
+
+
+def _facts(run: _Run) -> dict[str, str | Link]:
+    about, config = run.about, run.config
+    samples = run.done * about["global_batch"]
+    rate = samples / run.seconds if run.seconds else None
+    loss = run.last("loss")
+    return {
+        "encoder": config["model.name"],
+        "method": config["method.name"],
+        "steps": f"{count(run.done)} of {count(run.steps)} done",
+        "trained on store": identity(about["store_fingerprint"]),
+        "tiles": f"{count(about['tiles'])} of {counted(about['slides'], 'slide')} ({about['dataset']})",
+        "scale": f"{about['mpp']:.3g} um/px, {about['tiling']['tile_px']} px",
+        "tiles seen": f"{count(samples)} ({samples / max(about['tiles'], 1):.2f} epochs)",
+        "batch": f"{count(about['global_batch'])} tiles a step on {counted(about['ranks'], 'rank')}",
+        "loss": f"{loss:.3f} (last tenth)" if loss is not None else DASH,
+        "time in steps": f"{duration(run.seconds)}, {decimal(rate, 1)} tiles/s",
+        "made by": software(about["software"]),
+    }
+
+
+def _curves(run: _Run) -> Picture:
+    panels = [panel for panel in _PANELS if panel[0] == "loss" or any(panel[0] in line for line in run.metrics)]
+    ln_k = run.last("ln_k")
+    levels = dict.fromkeys(("loss", "teacher_entropy"), (ln_k, "ln K")) if ln_k is not None else {}
+    caption = "Figures of the run. A loss that stays at ln K, or a teacher entropy of 0 or ln K, means collapse."
+    return Picture(figures.training_curves(run.metrics, panels, hlines=levels), caption, "Curves of the run's figures")
+
+
+def _checkpoints(run: _Run) -> list[Part]:
+    rows = [
+        (count(saved.step), count(saved.state["samples_seen"]), identity(saved.teacher))
+        for saved in reversed(run.checkpoints)
+    ]
+    if not rows:
+        return []
+    unread = Note("Their tensors were not read here: `bony verify` checks them.")
+    return [Stack([Table("Checkpoints, newest first", ("step", "tiles seen", "teacher"), rows), unread])]
+
+
+def _config_table(config: dict[str, Any]) -> Table:
+    defaults = flatten(asdict(PretrainConfig()))
+    rows = [
+        (key, _value(value), "" if defaults.get(key) == value else _value(defaults.get(key)))
+        for key, value in sorted(config.items())
+    ]
+    return Table("Every key, with its default where that is another", ("key", "value", "default"), rows)
+
+
+def _value(value: Any) -> str:
+    """A config value: numbers in a list apart, None as a dash."""
+    return " ".join(map(str, value)) if isinstance(value, list) else DASH if value is None else str(value)
+
+
+def compare_runs(paths: Mapping[str, Path]) -> Section:
+    """What differs between runs, by name, and their losses in one figure."""
+    runs = {name: _read_run(path) for name, path in paths.items()}
+    described = [_compared(run) for run in runs.values()]
+    keys = dict.fromkeys(key for values in described for key in values)
+    rows = [
+        (key, *(values.get(key, DASH) for values in described))
+        for key in keys
+        if len({values.get(key) for values in described}) > 1
+    ]
+    heads: list[Cell] = ["", *(Link(name, str(path)) for name, path in paths.items())]
+    losses = figures.overlaid_curves({name: run.metrics for name, run in runs.items()}, "loss")
+    parts: list[Part] = [Table("What differs between the runs", heads, rows), Picture(losses, "Loss of the runs.")]
+    if len({run.config["method.out_dim"] for run in runs.values()}) > 1:
+        parts.append(Note("Losses of different method.out_dim are not comparable."))
+    return Section("Runs compared", parts)
+
+
+def _compared(run: _Run) -> dict[str, str]:
+    """What two runs may differ in; where they lie is no difference."""
+    config = {key: _value(value) for key, value in run.config.items() if key not in ("data", "out")}
+    figures_now = {key: decimal(run.last(key)) for key in ("loss", "teacher_entropy", "kl", "feature_std")}
+    about = run.about
+    return {
+        "steps done": count(run.done), "time in steps": duration(run.seconds), **figures_now, **config,
+        "store": about["store_fingerprint"][:12], "tiles": count(about["tiles"]), "um/px": f"{about['mpp']:.3g}",
+        "global batch": count(about["global_batch"]), "ranks": str(about["ranks"]),
+        "software": software(about["software"]),
+    }  # fmt: skip
