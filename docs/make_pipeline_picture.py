@@ -17,8 +17,8 @@ from tiling.store import TileStore
 from tiling.write import THUMBNAIL
 
 INK, ACCENT = "#1c2330", "#0072b2"
-BOXES = ("slides", "TileStore", "RUN", "FeatureStore", "RESULT")
-ARROWS = ("bony tile", "bony pretrain", "bony embed", "bony evaluate")
+BOXES = ("slides", "TileStore", "RUN", "FeatureStore", "RESULT", "a new slide")
+ARROWS = ("bony tile", "bony pretrain", "bony embed", "bony evaluate", "bony export predict")
 
 
 def tiles_mosaic(store_path: Path, side: int = 5) -> np.ndarray:
@@ -53,10 +53,11 @@ def draw(demo: Path) -> Figure:
         np.asarray(Image.open(io.BytesIO(curves))),
         feature_image(demo / "features"),
         np.asarray(Image.open(io.BytesIO(matrix))),
+        np.asarray(Image.open(next((demo / "predictions").glob("*/heatmap.png")))),
     ]
-    figure = Figure(figsize=(15, 3.6), dpi=100)
+    figure = Figure(figsize=(18, 3.6), dpi=100)
     FigureCanvasAgg(figure)
-    width, gap = 0.142, 0.0665
+    width, gap = 0.118, 0.0555
     for number, (name, picture) in enumerate(zip(BOXES, pictures, strict=True)):
         left = 0.008 + number * (width + gap)
         axes = figure.add_axes((left, 0.06, width, 0.72))

@@ -20,7 +20,7 @@ def test_quick_demo_runs_the_chain_and_leaves_a_page(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "balanced accuracy" in done.stdout
     page = (tmp_path / "demo/report.html").read_text()
-    for heading in ("Tiles of 13 slides", "Pretraining", "Features", "Decoder: panda", "Bundle", "Predictions"):
+    for heading in ("13 slides, ", "Pretraining", "Features", "Decoder: panda", "Bundle", "Predictions"):
         assert heading in page
     # 4 slides with thumbnail and contact sheet, class bars, curves of the run, confusion matrix, curves of the decoder,
     # the heat map of the slide that was left out

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.boxes import BUNDLE
-from pipeline.report.page import Note, Part, Section
+from pipeline.report.page import Note, Part, Row, Section
 from pipeline.report.text import count, counted, decimal, facts, identity, software
 from tiling import atomic
 
@@ -18,7 +18,7 @@ def bundle_section(path: Path) -> Section:
     about = BUNDLE.read(path)
     decoder = about["decoder"]
     classes = ", ".join(decoder["class_names"]) if decoder else "no decoder"
-    parts: list[Part] = [facts("Encoder", _encoder(about))]
+    tables: list[Part] = [facts("Encoder", _encoder(about))]
     if decoder:
         test = decoder["test"]
         judged = {
@@ -27,14 +27,20 @@ def bundle_section(path: Path) -> Section:
             "reads": f"{decoder['tap']} ({decoder['in_features']})",
             "balanced accuracy, test part": f"{decimal(test['balanced_accuracy'])} ({counted(test['n'], 'tile')})",
         }
-        parts.append(facts("Decoder", judged))
+        tables.append(facts("Decoder", judged))
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    parts.append(Note(f"{size / 1e6:.0f} MB. Check it with `bony verify`, or `sha256sum -c SHA256SUMS`, before use."))
+    advice = f"{size / 1e6:.0f} MB. Check it with `bony verify`, or `sha256sum -c SHA256SUMS`, before use."
     summary = f"{about['architecture']}, {about['mpp']:.3g} um/px, {classes}"
     warnings = decoder["warnings"] if decoder else []
     listing = path / atomic.SUMS
     identities = [atomic.sha256_file(listing)] if listing.is_file() else []
-    return Section("Bundle", parts, warnings if listing.is_file() else ["has no SHA256SUMS"], summary, identities)
+    return Section(
+        "Bundle",
+        [Row(tables), Note(advice)],
+        warnings if listing.is_file() else ["has no SHA256SUMS"],
+        summary,
+        identities,
+    )
 
 
 def _encoder(about: dict[str, Any]) -> dict[str, Any]:
