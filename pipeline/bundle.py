@@ -152,18 +152,23 @@ def self_test(bundle: Bundle) -> dict[str, float]:
     }
 
 
+def self_test_problems(bundle: Bundle) -> list[str]:
+    """Outputs of the self-test that are further off than ``TOLERANCE``, one line each; says how far all are."""
+    apart = self_test(bundle)
+    say("self-test: " + ", ".join(f"{name} differs by {value:.1e}" for name, value in apart.items()))
+    return [
+        f"self-test: {name} differs by {value:.1e} of its largest value, limit is {TOLERANCE[name]:.0e}"
+        for name, value in apart.items()
+        if not value <= TOLERANCE[name]  # NaN is not
+    ]
+
+
 def problems(path: Path) -> list[str]:
     """Everything wrong with a bundle, one line each: checksums first; when they hold, the self-test on the CPU."""
     found = atomic.damaged_files(path, atomic.SUMS)
     if found:
         return found
     try:
-        apart = self_test(open_bundle(path, torch.device("cpu")))
+        return [f"{path}: {line}" for line in self_test_problems(open_bundle(path, torch.device("cpu")))]
     except (CheckpointError, DamageError) as error:
         return [str(error)]
-    say("self-test: " + ", ".join(f"{name} differs by {value:.1e}" for name, value in apart.items()))
-    return [
-        f"{path / SELF_TEST}: {name} differs by {value:.1e} of its largest value, limit is {TOLERANCE[name]:.0e}"
-        for name, value in apart.items()
-        if not value <= TOLERANCE[name]  # NaN is not
-    ]

@@ -87,6 +87,8 @@ def predict(
     """
     if batch < 1:
         raise UsageError(f"--batch is {batch}, must be at least 1")
+    if out.resolve().is_relative_to(bundle.path.resolve()):
+        raise UsageError("lies inside the bundle, which must not change", out, "choose another --out")
     bundle = replace(bundle, tiling=replace(bundle.tiling, slide_mpp=slide_mpp))
     score = score or bundle_score(bundle)
     for source in slides.sources:

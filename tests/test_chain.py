@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,29 @@ def test_features_of_the_left_out_slide_are_those_its_prediction_used(chain: Pat
     assert all((table[name].to_numpy() == place).all() for name, place in zip("xy", places, strict=True))
     found = np.stack([table[f"p_{name}"].to_numpy() for name in decoder.class_names], axis=1)
     assert np.abs(found - expected).max() < 1e-3
+
+
+def test_the_model_card_is_enough(chain: Path, shared_data: Path, tmp_path: Path) -> None:
+    """Its commands as they are written, in the bundle's folder, on a slide of one's own."""
+    bundle = shutil.copytree(chain / "bundle", tmp_path / "bundle")
+    lines = [line.strip() for line in (bundle / "MODEL_CARD.md").read_text().splitlines() if line.startswith("    ")]
+    commands = [line for line in lines if line.startswith(("bony", "sha256sum"))]
+    assert [command.split()[:2] for command in commands] == [
+        ["sha256sum", "-c"],
+        ["bony", "verify"],
+        ["bony", "predict"],
+    ]
+    slide = str(shared_data / "wsi/CMU-1-Small-Region.svs")
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    for command in [*commands, "bony verify ."]:
+        words = command.replace("/path/to/slide.svs", slide).split()
+        subprocess.run(words, cwd=bundle, env=environment, capture_output=True, check=True)
+    ours, theirs = (path / "predictions/CMU-1-Small-Region" for path in (tmp_path, chain))
+    for name in ("regions.geojson", "heatmap.png"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    refused = run("bony", "predict", slide, "--bundle", bundle, "--out", bundle / "predictions", code=2)
+    assert "lies inside the bundle" in refused.stderr
+    assert not (bundle / "predictions").exists()
 
 
 def test_report_shows_every_box(chain: Path) -> None:

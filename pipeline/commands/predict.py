@@ -59,7 +59,7 @@ def run(words: Sequence[str]) -> int:
     bundle = open_bundle(args.bundle, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     done = predict(slides, bundle, args.out, args.slide_mpp, args.batch)
     show(done.summaries)
-    print(f"{args.out}: {len(done.summaries)} slides")
+    print(f"{args.out}: {len(done.summaries)} of {len(slides.sources)} slides")
     if done.quarantined:
         print(f"{args.out / QUARANTINE}: {len(done.quarantined)} slides left out or damaged")
         return EXIT_PARTIAL

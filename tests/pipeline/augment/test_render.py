@@ -1,8 +1,7 @@
-"""Views: every batched step against a slow reference per sample, drawing as a pure function, presets."""
+"""Pixels of views: every batched step, and whole views, against a slow reference per sample; batches and devices."""
 
 import colorsys
-import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,29 +13,15 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as reference
 
 from pipeline.data import augment
-from pipeline.data.augment import (
-    ColourSpec,
-    ViewParameters,
-    ViewSpec,
-    colour_spec,
-    draw,
-    make_views,
-    render,
-    view_specs,
-)
-from tiling.errors import UsageError
+from pipeline.data.augment import ViewParameters, ViewSpec, colour_spec, draw, make_views, render, view_specs
+
+SpecOf = Callable[..., ViewSpec]
+DrawnFrom = Callable[..., ViewParameters]
+Pixels = Callable[..., torch.Tensor]
 
 NONE, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 MEAN, STD = (0.7, 0.5, 0.6), (0.2, 0.25, 0.15)
 PX = 40
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def made_tiles(n: int, px: int = PX) -> torch.Tensor:
@@ -49,10 +34,6 @@ def made_tiles(n: int, px: int = PX) -> torch.Tensor:
     return tiles.byte().permute(0, 2, 3, 1).contiguous()
 
 
-def spec_of(size: int = PX, **changes: Any) -> ViewSpec:
-    return replace(ViewSpec("global0", 0, size, (0.4, 1.0), 0.0, 0.0, is_global=True), **changes)
-
-
 def plain(n: int, px: int = PX, **changes: Any) -> ViewParameters:
     """Parameters that change nothing, but for what is given."""
     off, zero, one = np.zeros(n, bool), np.zeros(n), np.ones(n)
@@ -62,235 +43,30 @@ def plain(n: int, px: int = PX, **changes: Any) -> ViewParameters:
     return replace(same, **changes)
 
 
-def pixels(tiles: torch.Tensor, params: ViewParameters, size: int = PX) -> torch.Tensor:
-    return render(tiles, params, spec_of(size), NONE, ONE)
+@pytest.fixture(scope="module")
+def pixels(spec_of: SpecOf) -> Pixels:
+    """Views of tiles as parameters say, not normalised."""
+
+    def rendered(tiles: torch.Tensor, params: ViewParameters, size: int = PX) -> torch.Tensor:
+        return render(tiles, params, spec_of(size), NONE, ONE)
+
+    return rendered
 
 
 def planes(tiles: torch.Tensor) -> torch.Tensor:
     return tiles.permute(0, 3, 1, 2) / 255
 
 
-def drawn_from(spec: ViewSpec, colour: ColourSpec, n: int, tile_px: int = 224, epoch: int = 0) -> ViewParameters:
-    return draw(spec, colour, 621, np.full(n, epoch), np.arange(n), tile_px)
-
-
-# --- presets ---------------------------------------------------------------------------------------------------------
-
-
-def test_original_preset_is_that_of_dino() -> None:
-    views = view_specs(2, 3, 224, 96, (0.4, 1.0), (0.05, 0.4), "original")
-    assert [view.name for view in views] == ["global0", "global1", "local0", "local1", "local2"]
-    assert [view.is_global for view in views] == [True, True, False, False, False]
-    assert [view.size for view in views] == [224, 224, 96, 96, 96]
-    assert [view.blur for view in views] == [1.0, 0.1, 0.5, 0.5, 0.5]
-    assert [view.solarise for view in views] == [0.0, 0.2, 0.0, 0.0, 0.0]
-    assert {view.scale for view in views[:2]} == {(0.4, 1.0)}
-    assert {view.scale for view in views[2:]} == {(0.05, 0.4)}
-    colour = colour_spec("original")
-    assert (colour.brightness, colour.contrast, colour.saturation, colour.hue) == (0.4, 0.4, 0.2, 0.1)
-    assert (colour.jitter, colour.greyscale, colour.blur_sigma) == (0.8, 0.2, (0.1, 2.0))
-    assert (colour.rot90, colour.vertical_flip) == (False, False)
-
-
-def test_histology_preset_is_milder_and_has_no_upright() -> None:
-    ours, theirs = colour_spec("histology"), colour_spec("original")
-    assert ours.rot90
-    assert ours.vertical_flip
-    for name in ("brightness", "contrast", "saturation", "hue", "greyscale", "blur_sigma"):
-        assert getattr(ours, name) < getattr(theirs, name)
-    assert {view.solarise for view in view_specs(2, 2, 32, 16, (0.4, 1), (0.1, 0.4), "histology")} == {0.0}
-
-
-def test_streams_are_unique_and_do_not_depend_on_the_number_of_views() -> None:
-    few, many = (view_specs(n, n, 32, 16, (0.4, 1.0), (0.1, 0.4), "original") for n in (2, 9))
-    assert len({view.stream for view in many}) == len(many)
-    streams = {view.name: view.stream for view in many}
-    assert all(streams[view.name] == view.stream for view in few)
-
-
-def test_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="'stain' is not one of original, histology"):
-        view_specs(1, 1, 32, 16, (0.4, 1.0), (0.1, 0.4), "stain")
-    with pytest.raises(UsageError, match="'stain' is not one of original, histology"):
-        colour_spec("stain")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"scale": (0.5, 0.4)}, r"global0: scale is \(0.5, 0.4\)"),
-        ({"scale": (0.0, 0.4)}, "must rise within 0 to 1"),
-        ({"size": 6}, "size is 6 px"),
-        ({"blur": 1.5}, "blur is 1.5, must lie in 0 to 1"),
-        ({"solarise": -0.1}, "solarise is -0.1"),
-    ],
-)
-def test_impossible_views_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        spec_of(**changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"hue": 0.6}, "hue is 0.6"), ({"jitter": 2.0}, "jitter is 2.0"), ({"blur_sigma": (0.1, 3.0)}, "0 to 2 px")],
-)
-def test_impossible_colours_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        replace(colour_spec("original"), **changes)
-
-
-@pytest.mark.parametrize("counts", [(0, 0), (-1, 2)])
-def test_no_views_are_refused(counts: tuple[int, int]) -> None:
-    with pytest.raises(UsageError, match="need at least one view"):
-        view_specs(*counts, 32, 16, (0.4, 1.0), (0.1, 0.4), "original")
-
-
-# --- drawing ---------------------------------------------------------------------------------------------------------
-
-
-@given(
-    st.integers(8, 600),
-    st.tuples(st.floats(0.01, 1.0), st.floats(0.01, 1.0)).map(lambda pair: (min(pair), max(pair))),
-    st.integers(0, 2**63 - 1),
-    st.integers(0, 2**63 - 1),
-)
-def test_boxes_lie_in_the_tile_with_the_area_and_ratio_asked_for(
-    px: int, scale: tuple[float, float], seed: int, first_id: int
-) -> None:
-    ids = first_id + np.arange(64, dtype=np.uint64)
-    params = draw(spec_of(scale=scale), colour_spec("original"), seed, np.zeros(64, int), ids.astype(np.int64), px)
-    y0, x0, height, width = params.box.T
-    assert (params.box == np.round(params.box)).all()
-    assert (y0 >= 0).all()
-    assert (x0 >= 0).all()
-    assert (height >= 1).all()
-    assert (width >= 1).all()
-    assert (y0 + height <= px).all()
-    assert (x0 + width <= px).all()
-    # Each side is rounded by half a pixel at most.
-    assert ((height + 0.51) * (width + 0.51) >= scale[0] * px**2).all()
-    least = np.maximum(height - 0.51, 0) * np.maximum(width - 0.51, 0)
-    assert (least <= scale[1] * px**2).all()
-    assert ((height - 0.51) / (width + 0.51) <= 4 / 3).all()
-    assert ((width - 0.51) / (height + 0.51) <= 4 / 3).all()
-
-
-def test_areas_are_uniform_and_ratios_log_uniform() -> None:
-    params = drawn_from(spec_of(scale=(0.1, 0.5)), colour_spec("original"), 20_000, tile_px=10_000)
-    y0, x0, height, width = params.box.T
-    for values, low, high in (
-        (height * width / 1e8, 0.1, 0.5),
-        (np.log(width / height), -math.log(4 / 3), math.log(4 / 3)),
-        (y0 / (10_000 - height), 0.0, 1.0),
-        (x0 / (10_000 - width), 0.0, 1.0),
-    ):
-        deciles = np.quantile(values, np.linspace(0.1, 0.9, 9))
-        assert np.allclose((deciles - low) / (high - low), np.linspace(0.1, 0.9, 9), atol=0.015)
-
-
-def test_boxes_reach_every_edge() -> None:
-    y0, x0, height, width = drawn_from(spec_of(scale=(0.2, 0.6)), colour_spec("original"), 4000, tile_px=12).box.T
-    for start, length in ((y0, height), (x0, width)):
-        eights = start[length == 8]
-        assert np.abs(np.bincount(eights.astype(int), minlength=5) / len(eights) - 0.2).max() < 0.06
-
-
-def test_decisions_do_not_depend_on_each_other() -> None:
-    n = 20_000
-    spec, colour = spec_of(scale=(0.1, 0.5), blur=0.5, solarise=0.5), colour_spec("histology")
-    params = drawn_from(spec, replace(colour, jitter=0.5, greyscale=0.5), n, tile_px=10_000)
-    y0, x0, height, width = params.box.T
-    others = {name: array for name, array in vars(params).items() if name not in ("box", "blur_sigma")}
-    blurred = params.blur_sigma > 0
-    places = (y0 / (10_000 - height), x0 / (10_000 - width), height * width, width / height)
-    columns = np.stack([*places, *others.values(), blurred, np.where(blurred, params.blur_sigma - 0.55, 0)])
-    correlations = np.corrcoef(columns)[np.triu_indices(len(columns), k=1)]
-    assert np.abs(correlations).max() < 4.5 / math.sqrt(n)
-
-
-def test_the_whole_tile_is_a_square_box() -> None:
-    params = drawn_from(spec_of(scale=(1.0, 1.0)), colour_spec("original"), 100, tile_px=PX)
-    assert (params.box == [0, 0, PX, PX]).all()
-
-
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_original_probabilities_and_strengths_are_met(index: int) -> None:
-    n = 20_000
-    spec = view_specs(2, 1, 224, 96, (0.4, 1.0), (0.05, 0.4), "original")[index]
-    params = drawn_from(spec, colour_spec("original"), n)
-    shares = {
-        "flip_h": 0.5,
-        "flip_v": 0.0,
-        "jitter": 0.8,
-        "greyscale": 0.2,
-        "blur": (1.0, 0.1, 0.5)[index],
-        "solarise": (0.0, 0.2, 0.0)[index],
-    }
-    blurred = params.blur_sigma > 0
-    for name, share in shares.items():
-        found = (blurred if name == "blur" else getattr(params, name)).mean()
-        assert abs(found - share) < 4 * math.sqrt(share * (1 - share) / n) + 1e-12, name
-    assert not params.quarter_turns.any()
-    for values, low, high in (
-        (params.brightness, 0.6, 1.4),
-        (params.contrast, 0.6, 1.4),
-        (params.saturation, 0.8, 1.2),
-        (params.hue, -0.1, 0.1),
-        (params.blur_sigma[blurred], 0.1, 2.0),
-    ):
-        assert low <= values.min() < low + 0.01 * (high - low)
-        assert high - 0.01 * (high - low) < values.max() <= high
-        assert abs(values.mean() - (low + high) / 2) < 0.03 * (high - low)
-
-
-def test_histology_draws_all_eight_orientations_alike() -> None:
-    params = drawn_from(spec_of(), colour_spec("histology"), 16_000)
-    # A mirror and a half turn make the other flip: sixteen draws give each of eight orientations twice.
-    draws = params.flip_h + 2 * params.flip_v + 4 * params.quarter_turns
-    assert np.abs(np.bincount(draws, minlength=16) - 1000).max() < 130
-
-
-def test_drawing_does_not_depend_on_the_batch() -> None:
-    spec, colour = spec_of(blur=0.5, solarise=0.5), colour_spec("histology")
-    ids, epochs = np.array([5, 900, 2**62, 0, 7, 7]), np.array([0, 1, 2, 3, 4, 5])
-    whole = draw(spec, colour, 3, epochs, ids, 224)
-    order = np.array([3, 0, 5, 1])
-    part = draw(spec, colour, 3, epochs[order], ids[order], 224)
-    assert part.digest() == whole.take(order).digest()
-    assert part.digest() != whole.take(order[::-1]).digest()
-    assert ViewParameters.join([whole.take(slice(0, 2)), whole.take(slice(2, 6))]).digest() == whole.digest()
-
-
-def test_seed_epoch_sample_and_view_all_change_the_draw() -> None:
-    colour, zero = colour_spec("original"), np.zeros(1, int)
-    digests = {
-        draw(spec_of(stream=stream), colour, seed, zero + epoch, zero + sample, 224).digest()
-        for stream in (0, 1)
-        for seed in (0, 1)
-        for epoch in (0, 1)
-        for sample in (0, 1)
-    }
-    assert len(digests) == 16
-
-
-@pytest.mark.parametrize("name", list(vars(plain(1))))
-def test_digest_covers_every_field(name: str) -> None:
-    params = plain(3)
-    changed = np.array(getattr(params, name))
-    changed[-1] = changed[-1] + 1 if changed.dtype != bool else True
-    assert replace(params, **{name: changed}).digest() != params.digest()
-
-
 # --- geometry --------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_asked_for_is_the_tile_itself() -> None:
+def test_nothing_asked_for_is_the_tile_itself(pixels: Pixels) -> None:
     tiles = made_tiles(3)
     assert torch.equal(pixels(tiles, plain(3)).mul(255).round().byte(), planes(tiles).mul(255).round().byte())
 
 
 @pytest.mark.parametrize("size", [16, PX, 56])
-def test_crops_agree_with_torchvision(size: int) -> None:
+def test_crops_agree_with_torchvision(size: int, spec_of: SpecOf, drawn_from: DrawnFrom, pixels: Pixels) -> None:
     tiles = made_tiles(8)
     box = drawn_from(spec_of(scale=(0.02, 0.9)), colour_spec("original"), 8, tile_px=PX).box
     box[0], box[1] = (3, 7, 1, 9), (0, 31, 40, 9)
@@ -300,7 +76,7 @@ def test_crops_agree_with_torchvision(size: int) -> None:
         assert torch.allclose(view, expected, atol=1e-4)
 
 
-def test_no_pixel_from_outside_the_box_is_mixed_in() -> None:
+def test_no_pixel_from_outside_the_box_is_mixed_in(spec_of: SpecOf, drawn_from: DrawnFrom, pixels: Pixels) -> None:
     box = drawn_from(spec_of(scale=(0.1, 0.9)), colour_spec("original"), 32, tile_px=PX).box
     tiles = torch.full((32, PX, PX, 3), 255, dtype=torch.uint8)
     for tile, (y0, x0, height, width) in zip(tiles, box.astype(int).tolist(), strict=True):
@@ -313,7 +89,7 @@ def test_no_pixel_from_outside_the_box_is_mixed_in() -> None:
 @pytest.mark.parametrize("turns", range(4))
 @pytest.mark.parametrize("flip_v", [False, True])
 @pytest.mark.parametrize("flip_h", [False, True])
-def test_flips_and_turns_are_those_of_torch(flip_h: bool, flip_v: bool, turns: int) -> None:
+def test_flips_and_turns_are_those_of_torch(flip_h: bool, flip_v: bool, turns: int, pixels: Pixels) -> None:
     tiles, box = made_tiles(2), np.array([[5.0, 2, 30, 24], [0, 9, 20, 26]])
     upright = pixels(tiles, plain(2, box=box), 24)
     params = plain(
@@ -324,7 +100,7 @@ def test_flips_and_turns_are_those_of_torch(flip_h: bool, flip_v: bool, turns: i
     assert torch.allclose(pixels(tiles, params, 24), expected, atol=1e-4)
 
 
-def test_flips_and_turns_of_a_whole_tile_are_exact() -> None:
+def test_flips_and_turns_of_a_whole_tile_are_exact(pixels: Pixels) -> None:
     tiles = made_tiles(16)
     number = np.arange(16)
     params = plain(16, flip_h=number % 2 == 1, flip_v=number // 2 % 2 == 1, quarter_turns=number // 4)
@@ -346,7 +122,7 @@ def test_flips_and_turns_of_a_whole_tile_are_exact() -> None:
         ("hue", [-0.5, -0.1, 0.0, 0.37], reference.adjust_hue),
     ],
 )
-def test_each_jitter_agrees_with_torchvision(name: str, factors: list[float], adjust: Any) -> None:
+def test_each_jitter_agrees_with_torchvision(name: str, factors: list[float], adjust: Any, pixels: Pixels) -> None:
     tiles = made_tiles(5)
     # The last sample has a factor too, but its jitter is off.
     params = plain(5, jitter=np.array([True] * 4 + [False]), **{name: np.array([*factors, factors[0]])})
@@ -367,7 +143,7 @@ def test_hue_of_primaries_greys_and_near_greys_is_that_of_colorsys() -> None:
         assert torch.allclose(image.reshape(3, -1).T, expected, atol=1e-7)
 
 
-def test_greyscale_agrees_with_torchvision() -> None:
+def test_greyscale_agrees_with_torchvision(pixels: Pixels) -> None:
     tiles, chosen = made_tiles(3), np.array([True, False, True])
     found = pixels(tiles, plain(3, greyscale=chosen))
     expected = planes(tiles)
@@ -381,7 +157,7 @@ def kernel_width(sigma: float) -> int:
     return next(2 * reach + 1 for reach in (2, 4, 6) if reach >= 3 * sigma)
 
 
-def test_blur_agrees_with_torchvision() -> None:
+def test_blur_agrees_with_torchvision(pixels: Pixels) -> None:
     tiles, sigmas = made_tiles(7), [0.0, 0.1, 0.34, 0.8, 1.0, 1.5, 2.0]
     found = pixels(tiles, plain(7, blur_sigma=np.array(sigmas)))
     assert torch.allclose(found[0], planes(tiles)[0], atol=2e-5)
@@ -390,11 +166,11 @@ def test_blur_agrees_with_torchvision() -> None:
         assert torch.allclose(view, reference.gaussian_blur(tile, [width, width], [sigma]), atol=2e-5)
 
 
-def test_the_narrowest_view_takes_the_widest_blur() -> None:
+def test_the_narrowest_view_takes_the_widest_blur(pixels: Pixels) -> None:
     assert pixels(made_tiles(2), plain(2, blur_sigma=np.full(2, 2.0)), size=7).shape == (2, 3, 7, 7)
 
 
-def test_solarise_agrees_with_torchvision() -> None:
+def test_solarise_agrees_with_torchvision(pixels: Pixels) -> None:
     tiles = made_tiles(2)
     found = pixels(tiles, plain(2, solarise=np.array([False, True])))
     expected = torch.stack([planes(tiles)[0], reference.solarize(planes(tiles)[1], 0.5)])
@@ -462,7 +238,7 @@ def test_parts_on_a_cpu_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_other_types_round_the_same_pixels(dtype: torch.dtype) -> None:
+def test_other_types_round_the_same_pixels(dtype: torch.dtype, spec_of: SpecOf, drawn_from: DrawnFrom) -> None:
     tiles, spec = made_tiles(4), spec_of(32, blur=0.5, solarise=0.5)
     params = drawn_from(spec, colour_spec("original"), 4, tile_px=PX)
     exact = render(tiles, params, spec, MEAN, STD, torch.float64)
@@ -471,7 +247,7 @@ def test_other_types_round_the_same_pixels(dtype: torch.dtype) -> None:
     assert torch.allclose(views.double(), exact, atol=2e-4, rtol=2 * torch.finfo(dtype).eps)
 
 
-def test_autocast_does_not_reach_the_pixels() -> None:
+def test_autocast_does_not_reach_the_pixels(spec_of: SpecOf, drawn_from: DrawnFrom) -> None:
     tiles, spec = made_tiles(4), spec_of(32, blur=1.0)
     params = drawn_from(spec, colour_spec("original"), 4, tile_px=PX)
     expected = render(tiles, params, spec, MEAN, STD)
@@ -487,13 +263,13 @@ def test_an_empty_batch_has_empty_views() -> None:
 
 
 @pytest.mark.parametrize("tiles", [torch.zeros(2, PX, PX, 3), torch.zeros(2, 3, PX, PX, dtype=torch.uint8)])
-def test_other_tiles_are_refused(tiles: torch.Tensor) -> None:
+def test_other_tiles_are_refused(tiles: torch.Tensor, pixels: Pixels) -> None:
     with pytest.raises(ValueError, match="must be uint8 of"):
         pixels(tiles, plain(2))
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_parameters_of_other_samples_are_refused(n: int) -> None:
+def test_parameters_of_other_samples_are_refused(n: int, pixels: Pixels) -> None:
     with pytest.raises(ValueError, match=r"2 tiles but parameters of \[" + str(n)):
         pixels(made_tiles(2), plain(n))
 
