@@ -26,7 +26,7 @@ from pipeline.downstream.fit import classifier
 from pipeline.models.frozen import FrozenEncoder, networks
 from pipeline.palette import Colour
 from tiling import atomic
-from tiling.errors import CheckpointError, DamageError
+from tiling.errors import CheckpointError, DamageError, UsageError
 from tiling.progress import say
 from tiling.settings import TileSettings
 
@@ -89,9 +89,12 @@ def open_bundle(path: Path, device: torch.device) -> Bundle:
     """Open a bundle after every checksum is checked.
 
     Raises:
+        UsageError: It is no bundle.
         DamageError: A file is missing, changed, a link, or not listed in SHA256SUMS.
         CheckpointError: It is of another format version, or its tensors are not what its config says.
     """
+    if not ((path / atomic.SUMS).exists() or (path / CONFIG).exists()):
+        raise UsageError("is no bundle", path, "give a folder made by `bony export`")
     atomic.require_sound(path, atomic.SUMS)
     return assemble(path, atomic.box_digest(path, atomic.SUMS), device)
 

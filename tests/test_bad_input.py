@@ -110,7 +110,7 @@ def test_export_and_predict_of_what_is_no_box(tmp_path: Path, capsys: pytest.Cap
     assert "is no run and no checkpoint" in complaint(capsys, 2, "export", tmp_path, "--out", out)
     phantom.write_slide(phantom.make_slide(0, "4", size=(512, 512)), tmp_path)
     words = ["predict", tmp_path / "train_images", "--bundle", tmp_path, "--out", out]
-    assert "SHA256SUMS: missing" in complaint(capsys, 1, *words)
+    assert "is no bundle" in complaint(capsys, 2, *words)
     assert "report" in complaint(capsys, 2, "report", "--out", out)
     assert "is no box that bony makes" in complaint(capsys, 2, "report", tmp_path, "--out", out)
     assert not out.exists()

@@ -223,11 +223,12 @@ def read_result(path: Path) -> dict[str, Any]:
     """What a RESULT's results.json holds, after every checksum is checked.
 
     Raises:
+        UsageError: It is no result.
         DamageError: A file is damaged.
-        EvaluationError: It is no result, or of another format version.
+        EvaluationError: It is of another format version.
     """
-    if not path.is_dir():
-        raise EvaluationError("no such result", path, "make one with `bony evaluate`")
+    if not ((path / atomic.COMPLETE).exists() or (path / RESULTS).exists()):
+        raise UsageError("is no result", path, "give a folder made by `bony evaluate`")
     atomic.require_sound(path)
     return RESULT.read(path)
 

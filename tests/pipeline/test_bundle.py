@@ -287,7 +287,7 @@ def test_a_decoder_of_another_encoder_is_refused(boxes: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("what", "error"), [("decoder.safetensors", DamageError), ("results.json", DamageError), (None, BonyError)]
+    ("what", "error"), [("decoder.safetensors", DamageError), ("results.json", DamageError), (None, UsageError)]
 )
 def test_a_damaged_or_missing_result_is_refused(
     boxes: Path, tmp_path: Path, what: str | None, error: type[BonyError]
