@@ -35,9 +35,10 @@ from tiling.datasets import Dataset, Source
 from tiling.errors import BonyError, DamageError, GridError, UsageError
 from tiling.grid import to_level0
 from tiling.progress import progress, say
+from tiling.quarantine import entry, update_quarantine
 from tiling.slide import Slide, open_slide
 
-TABLE, QUARANTINE = "summary.csv", "quarantine.jsonl"
+TABLE = "summary.csv"
 TILES, HEAT_MAP, REGIONS, SUMMARY = "tiles.parquet", "heatmap.png", "regions.geojson", "summary.json"
 # No slide id begins with a dot.
 WORK = ".work"
@@ -269,18 +270,7 @@ def _csv(summaries: list[dict[str, Any]]) -> bytes:
 
 
 def _record_quarantine(out: Path, summaries: list[dict[str, Any]], failed: dict[str, str]) -> list[dict[str, Any]]:
-    """Write DIR/quarantine.jsonl: what is damaged in finished slides, and slides left out, now or earlier."""
-    path = out / QUARANTINE
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    known = {summary["slide_id"] for summary in summaries} | failed.keys()
-    lines = [entry for entry in lines if entry["slide_id"] not in known]
-    lines += [{"slide_id": name, "left_out": True, "reason": reason} for name, reason in failed.items()]
-    lines += [
-        {"slide_id": summary["slide_id"], "left_out": False, "reason": summary["problem"]}
-        for summary in summaries
-        if summary["problem"]
-    ]
-    lines.sort(key=lambda entry: entry["slide_id"])
-    if lines or path.exists():
-        atomic.write_bytes(path, "".join(json.dumps(entry) + "\n" for entry in lines).encode())
-    return lines
+    """Write what is doubtful in finished slides, and slides left out, now or earlier; returns all lines."""
+    problems = [entry(name, True, reason) for name, reason in failed.items()]
+    problems += [entry(summary["slide_id"], False, summary["problem"]) for summary in summaries if summary["problem"]]
+    return update_quarantine(out, problems, {summary["slide_id"] for summary in summaries} | failed.keys())

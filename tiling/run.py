@@ -1,6 +1,5 @@
 """One plan, run over worker processes: every slide is tiled, quarantined with a reason, or found complete."""
 
-import json
 import multiprocessing
 import shutil
 import time
@@ -12,16 +11,14 @@ from pathlib import Path
 
 import cv2
 
-from tiling import atomic
 from tiling.datasets import Dataset, Source
 from tiling.errors import BonyError, UsageError
 from tiling.index import build_index, slide_folders
 from tiling.progress import progress, say
+from tiling.quarantine import entry, update_quarantine
 from tiling.settings import TileSettings
 from tiling.store import DESCRIPTION, Description, prepare
 from tiling.write import Outcome, write_source
-
-QUARANTINE = "quarantine.jsonl"
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,9 @@ def tile(dataset: Dataset, store: Path, settings: TileSettings, workers: int = 1
     if is_new and not slide_folders(store):
         shutil.rmtree(store)
         raise BonyError(f"no slide could be tiled; the first one: {outcomes[0].problem}", do="no store was left")
-    listed = _record_quarantine(store, outcomes)
+    problems = [entry(one.slide_id, not one.written, one.problem) for one in outcomes if one.problem]
+    lines = update_quarantine(store, problems, {one.slide_id for one in outcomes if not one.skipped})
+    listed = {line["slide_id"] for line in lines}
     build_index(store)
     quarantined = tuple(outcome.slide_id for outcome in outcomes if outcome.slide_id in listed)
     return Summary(store, tuple(outcomes), quarantined, time.monotonic() - start)
@@ -116,24 +115,3 @@ def attempt(store: Path, source: Source, settings: TileSettings, class_names: tu
         return write_source(store, source, settings, class_names)
     except BonyError as error:
         return Outcome(source.slide_id, problem=str(error), written=False)
-
-
-def _record_quarantine(store: Path, outcomes: list[Outcome]) -> set[str]:
-    """Write STORE/quarantine.jsonl: the problems of this run, and older ones of slides it did not touch.
-
-    Returns:
-        The ids of all slides listed.
-    """
-    path = store / QUARANTINE
-    older = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    redone = {outcome.slide_id for outcome in outcomes if not outcome.skipped}
-    lines = [entry for entry in older if entry["slide_id"] not in redone]
-    lines += [
-        {"slide_id": outcome.slide_id, "left_out": not outcome.written, "reason": outcome.problem}
-        for outcome in outcomes
-        if outcome.problem
-    ]
-    lines.sort(key=lambda entry: entry["slide_id"])
-    if lines or path.exists():
-        atomic.write_bytes(path, "".join(json.dumps(entry) + "\n" for entry in lines).encode())
-    return {entry["slide_id"] for entry in lines}

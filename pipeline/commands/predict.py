@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from pipeline.commands.parser import OneLineParser, command_parser
 from tiling import datasets
 from tiling.errors import EXIT_DONE, EXIT_PARTIAL, UsageError
+from tiling.quarantine import QUARANTINE
 
 LOG_WIDTH = 124
 
@@ -54,7 +55,7 @@ def run(words: Sequence[str]) -> int:
     import torch
 
     from pipeline.bundle import open_bundle
-    from pipeline.predict import QUARANTINE, predict
+    from pipeline.predict import predict
 
     bundle = open_bundle(args.bundle, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     done = predict(slides, bundle, args.out, args.slide_mpp, args.batch)

@@ -12,6 +12,7 @@ from tiling.codec import CODECS
 from tiling.datasets import Dataset
 from tiling.errors import EXIT_DONE, EXIT_PARTIAL, UsageError
 from tiling.filters import Thresholds
+from tiling.quarantine import QUARANTINE
 from tiling.settings import TileSettings
 
 
@@ -102,6 +103,6 @@ def run(words: Sequence[str]) -> int:
         f"{summary.seconds:.1f} s"
     )
     if summary.quarantined:
-        print(f"{args.out / tiling_run.QUARANTINE}: {len(summary.quarantined)} slides left out or damaged")
+        print(f"{args.out / QUARANTINE}: {len(summary.quarantined)} slides left out or damaged")
         return EXIT_PARTIAL
     return EXIT_DONE

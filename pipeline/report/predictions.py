@@ -9,6 +9,7 @@ from pipeline.boxes import PREDICTIONS
 from pipeline.report.page import Link, Note, Part, Picture, Row, Section, Table
 from pipeline.report.text import DASH, count, counted, decimal, facts, identity, software
 from tiling import atomic
+from tiling.quarantine import read_quarantine
 
 MOST_ROWS, _PICTURED = 40, 4
 _SHRINKS_TO = 0.6
@@ -64,11 +65,9 @@ def _percent(share: float | None) -> str:
 
 
 def _warnings(path: Path, summaries: Sequence[dict[str, Any]]) -> list[str]:
-    quarantine = path / "quarantine.jsonl"
-    lines = [json.loads(line) for line in quarantine.read_text().splitlines()] if quarantine.is_file() else []
     overridden = [
         f"{summary['slide_id']}: its scale was given by hand ({summary['slide_mpp']:.3g} um/px)"
         for summary in summaries
         if summary["slide_mpp_overridden"]
     ]
-    return [f"{entry['slide_id']}: {entry['reason']}" for entry in lines] + overridden
+    return [f"{line['slide_id']}: {line['reason']}" for line in read_quarantine(path)] + overridden

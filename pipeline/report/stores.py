@@ -24,7 +24,7 @@ from tiling.filters import Thresholds
 from tiling.index import ROWS, read_index, slide_facts, slide_folders
 from tiling.labels import UNLABELLED
 from tiling.progress import progress
-from tiling.run import QUARANTINE
+from tiling.quarantine import read_quarantine
 from tiling.store import DESCRIPTION, Description, read_description
 from tiling.write import SHEET, THUMBNAIL
 
@@ -61,7 +61,7 @@ def store_section(path: Path) -> Section:
     """
     about = read_description(path)
     slides = _read_slides(path)
-    entries = _quarantine(path)
+    entries = read_quarantine(path)
     identities, warnings = _identities(path)
     warnings += _warnings(slides, entries)
     kept = sum(slide.kept for slide in slides)
@@ -91,11 +91,6 @@ def _read_slides(store: Path) -> list[_Slide]:
 
 def _tally(column: pa.ChunkedArray) -> Counter[Any]:
     return Counter({entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()})
-
-
-def _quarantine(store: Path) -> list[dict[str, Any]]:
-    path = store / QUARANTINE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _identities(store: Path) -> tuple[list[str], list[str]]:
