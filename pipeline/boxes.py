@@ -25,13 +25,18 @@ KINDS = {
 PART = "part"
 
 
+def is_bundle(path: Path) -> bool:
+    """Whether a folder is a bundle, be it one whose SHA256SUMS or config.json is what is missing."""
+    return any((path / name).exists() for name in (atomic.SUMS, BUNDLE.file))
+
+
 def kind_of(path: Path) -> str:
     """Kind of the box at ``path``: a key of ``KINDS``, or ``PART`` for another sealed folder, such as a checkpoint.
 
     Raises:
         UsageError: It is no box that bony makes.
     """
-    if (path / atomic.SUMS).exists():  # a bundle, even when its config.json is what is missing
+    if is_bundle(path):
         return "bundle"
     for kind, form in KINDS.items():
         if (path / form.file).exists():

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline import checkpoint
-from pipeline.boxes import BUNDLE
+from pipeline.boxes import BUNDLE, is_bundle
 from pipeline.downstream.fit import classifier
 from pipeline.models.frozen import FrozenEncoder, networks
 from pipeline.palette import Colour
@@ -93,7 +93,7 @@ def open_bundle(path: Path, device: torch.device) -> Bundle:
         DamageError: A file is missing, changed, a link, or not listed in SHA256SUMS.
         CheckpointError: It is of another format version, or its tensors are not what its config says.
     """
-    if not ((path / atomic.SUMS).exists() or (path / CONFIG).exists()):
+    if not is_bundle(path):
         raise UsageError("is no bundle", path, "give a folder made by `bony export`")
     atomic.require_sound(path, atomic.SUMS)
     return assemble(path, atomic.box_digest(path, atomic.SUMS), device)

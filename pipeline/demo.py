@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline import bundle
 from pipeline.commands.parser import pretrain_config
 from pipeline.downstream.tasks import evaluate, read_result
@@ -17,6 +15,7 @@ from pipeline.export import export
 from pipeline.predict import predict
 from pipeline.pretrain import pretrain
 from pipeline.report.write import write_report
+from pipeline.runtime import one_device
 from tiling import audit, datasets, phantom
 from tiling import run as tiling_run
 from tiling.datasets import Dataset
@@ -76,7 +75,7 @@ def demo(out: Path, slides: Path | None, quick: bool) -> dict[str, Any]:
         export(out / RUN, out / BUNDLE, out / RESULT)
     _require_sound(bundle.problems(out / BUNDLE))
     say(f"6/6 prediction on {new_slide.name} -> {out / PREDICTIONS}")
-    opened = bundle.open_bundle(out / BUNDLE, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    opened = bundle.open_bundle(out / BUNDLE, one_device())
     predict(datasets.slides([new_slide]), opened, out / PREDICTIONS)
     boxes = [out / box for box in (STORE, RUN, FEATURES, RESULT, BUNDLE, PREDICTIONS)]
     write_report(boxes, out / PAGE, "Bony demo", _notes(slides, quick))

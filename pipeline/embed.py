@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from pipeline import features
-from pipeline.boxes import BUNDLE
+from pipeline.boxes import is_bundle
 from pipeline.bundle import open_bundle
 from pipeline.features import FeatureDescription
 from pipeline.models.frozen import FrozenEncoder, load_encoder, load_original
+from pipeline.runtime import one_device
 from tiling import atomic
 from tiling.errors import FeatureError, StoreError, UsageError
 from tiling.grid import MPP_TOLERANCE
@@ -37,7 +38,7 @@ def open_encoder(path: Path, device: torch.device, original_mpp: float | None = 
         if original_mpp is None:
             raise UsageError("such a file does not say its scale", path, "give um per pixel with --encoder-mpp")
         return load_original(path, original_mpp, device)
-    if (path / BUNDLE.file).exists() or (path / atomic.SUMS).exists():
+    if is_bundle(path):
         return open_bundle(path, device).encoder
     return load_encoder(path, device)
 
@@ -66,7 +67,7 @@ def embed(
         FeatureError: The scales differ, or ``out`` holds features of another encoder or store.
         StoreError: The store has no tiles.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = one_device()
     encoder = open_encoder(encoder_path, device, original_mpp)
     with TileStore(data, threads) as store:
         if len(store) == 0:

@@ -19,7 +19,7 @@ from pipeline.bundle import Decoder
 from pipeline.downstream import tasks
 from pipeline.models import facebook
 from pipeline.models.encoders import create_options, width
-from pipeline.models.frozen import FrozenEncoder, head_sizes, load_encoder, resolve_checkpoint
+from pipeline.models.frozen import FrozenEncoder, encoder_of, head_sizes, resolve_checkpoint
 from pipeline.palette import class_colours
 from tiling import atomic, phantom
 from tiling.errors import CheckpointError, UsageError
@@ -60,7 +60,8 @@ def export(run: Path, out: Path, result: Path | None = None) -> Path:
     if out.exists():
         raise UsageError("exists already", out, "choose another --out, or remove it")
     folder = resolve_checkpoint(run)
-    state, encoder = checkpoint.read_state(folder), load_encoder(folder, _CPU)
+    state = checkpoint.read_state(folder)
+    encoder = encoder_of(folder, state, _CPU)
     decoder = _decoder_section(result, encoder, run) if result is not None else None
     parts = _Exported(encoder, _about(state, encoder, decoder), result)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -65,6 +65,11 @@ def joined() -> Iterator[Runtime]:
         dist.destroy_process_group()
 
 
+def one_device() -> torch.device:
+    """Where a command of one process computes: the GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """Mixed precision for a forward pass: ``auto`` is bf16 on a GPU and fp32 on a CPU."""
     if precision == "bf16" or (precision == "auto" and device.type == "cuda"):

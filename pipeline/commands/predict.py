@@ -52,12 +52,11 @@ def run(words: Sequence[str]) -> int:
                 f"lies inside {path}, where its pictures would count as slides", args.out, "choose another --out"
             )
     slides = datasets.slides(args.slides)
-    import torch
-
-    from pipeline.bundle import open_bundle
+    from pipeline.bundle import open_bundle  # torch takes seconds to import: bad options should not
     from pipeline.predict import predict
+    from pipeline.runtime import one_device
 
-    bundle = open_bundle(args.bundle, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    bundle = open_bundle(args.bundle, one_device())
     done = predict(slides, bundle, args.out, args.slide_mpp, args.batch)
     show(done.summaries)
     print(f"{args.out}: {len(done.summaries)} of {len(slides.sources)} slides")

@@ -19,6 +19,7 @@ from pipeline.downstream.metrics import classification
 from pipeline.downstream.splits import Split, split_by_slide, split_by_tile
 from pipeline.features import read_description, read_features
 from pipeline.report import figures
+from pipeline.runtime import one_device
 from tiling import atomic
 from tiling.errors import EvaluationError, UsageError
 from tiling.index import COVERAGE
@@ -168,7 +169,7 @@ def _provenance_warnings(features: Path) -> list[str]:
 
 
 def _fit(tiles: _Labelled, split: Split, protocol: Protocol, seed: int) -> FitResult:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(one_device())
     config = FitConfig(**asdict(protocol.fit) | {"seed": seed, "device": device})
     with progress("decoder", config.epochs, "epochs") as advance:
         return fit_classifier(

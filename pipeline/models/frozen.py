@@ -107,7 +107,15 @@ def load_encoder(path: Path, device: torch.device) -> FrozenEncoder:
         CheckpointError: The checkpoint does not fit the architecture it names.
     """
     folder = resolve_checkpoint(path)
-    state = checkpoint.read_state(folder)
+    return encoder_of(folder, checkpoint.read_state(folder), device)
+
+
+def encoder_of(folder: Path, state: Mapping[str, Any], device: torch.device) -> FrozenEncoder:
+    """The teacher of a checkpoint that was found sound when its ``state`` was read, in eval mode.
+
+    Raises:
+        CheckpointError: It does not fit the architecture it names.
+    """
     config = state["config"]
     teacher = networks(config["model.name"], head_sizes(config))
     checkpoint.load_network(folder, "teacher", teacher)
