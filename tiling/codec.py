@@ -8,6 +8,7 @@ other tables 42 dB) or in bytes.
 import io
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import imagecodecs
@@ -144,20 +145,44 @@ def jpeg_unsound(stream: bytes, header: bytes | None = None) -> str:
     return "" if header is not None else "it ends before its end marker"
 
 
+@cache
+def _standard_tables(quality: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Luma and chroma tables that libjpeg makes for a quality: ITU T.81's Annex K, scaled."""
+    base = jpeg_settings(imagecodecs.jpeg8_encode(np.zeros((8, 8, 3), np.uint8), level=50))
+    if base is None:
+        raise AssertionError("a JPEG of our own cannot be read")
+    scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+    luma, chroma = (tuple(min(max((v * scale + 50) // 100, 1), 255) for v in table) for table in base.tables[:2])
+    return luma, chroma
+
+
+@cache
+def _quality(settings: JpegSettings) -> int | None:
+    """The libjpeg quality whose tables these are, None where they are no scaled standard tables."""
+    for quality in range(100, 0, -1):
+        luma, chroma = _standard_tables(quality)
+        if settings.tables == (luma, *((luma, luma) if settings.rgb else (chroma, chroma))):
+            return quality
+    return None
+
+
 def encode_jpeg(tile: np.ndarray, settings: JpegSettings | None) -> bytes:
     """One RGB tile (px, px, 3) as JPEG: with ``settings``, or at quality 95 without subsampling."""
-    out = io.BytesIO()
-    image = Image.fromarray(tile)
     if settings is None:
-        image.save(out, "JPEG", quality=FALLBACK_QUALITY, subsampling="4:4:4")
-    else:
-        image.save(
-            out,
-            "JPEG",
-            qtables=[list(table) for table in settings.tables],
-            subsampling=settings.subsampling,
-            keep_rgb=settings.rgb,
-        )
+        return bytes(imagecodecs.jpeg8_encode(tile, level=FALLBACK_QUALITY, subsampling="444"))
+    quality = _quality(settings)
+    if quality is not None:  # takes two thirds of the other way's time, for the same pixels
+        space = "RGB" if settings.rgb else "YCBCR"
+        subsampling = settings.subsampling.replace(":", "")
+        return bytes(imagecodecs.jpeg8_encode(tile, level=quality, subsampling=subsampling, outcolorspace=space))
+    out = io.BytesIO()
+    Image.fromarray(tile).save(
+        out,
+        "JPEG",
+        qtables=[list(table) for table in settings.tables],
+        subsampling=settings.subsampling,
+        keep_rgb=settings.rgb,
+    )
     return out.getvalue()
 
 

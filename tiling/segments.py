@@ -6,7 +6,7 @@ segment that no tile needs is never decoded. Damage stays inside its segment.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -60,7 +60,7 @@ class RowReader:
 
     Args:
         grid: Segments of the level.
-        decode: Segment number -> pixels, uint8, shape (h, w, channels); raises SlideError for a damaged one.
+        decode: Segment number -> pixels, uint8, shape (h, w, 3); raises SlideError for a damaged one.
     """
 
     grid: SegmentGrid
@@ -74,33 +74,45 @@ class RowReader:
 
     def _segment(self, number: int) -> np.ndarray | None:
         """Pixels of a segment, None when it is damaged."""
-        if number in self.damaged:
-            return None
-        if number not in self._held:
+        held = self._held.get(number)
+        if held is None and number not in self.damaged:
             try:
-                self._held[number] = self.decode(number)
+                held = self._held[number] = self.decode(number)
                 self.decoded += 1
             except SlideError as error:
                 self.damaged[number] = error.what
-                return None
-        return self._held[number]
+        return held
 
     def cut(self, x: int, y: int, span: int) -> np.ndarray | None:
-        """Pixels of a box, uint8, (span, span, channels); None when a segment under it is damaged."""
-        numbers = self.grid.under(x, y, span)
-        self._forget_above(numbers[0] // self.grid.columns)
-        out: np.ndarray | None = None
-        for number in numbers:
-            pixels = self._segment(number)
-            if pixels is None:
-                return None
-            if out is None:
-                out = np.empty((span, span, pixels.shape[2]), np.uint8)
+        """Pixels of a box, uint8, (span, span, 3); None when a segment under it is damaged."""
+        pixels, whole = self.cut_row([x], y, span)
+        return pixels[0] if whole[0] else None
+
+    def cut_row(self, xs: Sequence[int], y: int, span: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels of boxes side by side, uint8, (n, span, span, 3), and which of them are whole, bool (n,).
+
+        A box with a damaged segment under it is not whole, and black.
+        """
+        out, whole = np.empty((len(xs), span, span, 3), np.uint8), np.ones(len(xs), bool)
+        for place, x in enumerate(xs):
+            numbers = self.grid.under(x, y, span)
+            self._forget_above(numbers[0] // self.grid.columns)
+            parts = [part for number in numbers if (part := self._segment(number)) is not None]
+            whole[place] = len(parts) == len(numbers)
+            if whole[place]:
+                self._paste(numbers, parts, x, y, out[place])
+            else:
+                out[place] = 0
+        return out, whole
+
+    def _paste(self, numbers: list[int], parts: list[np.ndarray], x: int, y: int, out: np.ndarray) -> None:
+        """Copy what segments hold of the box at x, y into ``out``, (span, span, 3)."""
+        span = len(out)
+        for number, pixels in zip(numbers, parts, strict=True):
             left, top = self.grid.corner(number)
             x0, x1 = max(x, left), min(x + span, left + pixels.shape[1])
             y0, y1 = max(y, top), min(y + span, top + pixels.shape[0])
             out[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[y0 - top : y1 - top, x0 - left : x1 - left]
-        return out
 
     def _forget_above(self, row: int) -> None:
         if row > self._row:
