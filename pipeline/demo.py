@@ -18,6 +18,7 @@ from pipeline.report.write import write_report
 from pipeline.runtime import one_device
 from tiling import audit, datasets, phantom
 from tiling import run as tiling_run
+from tiling.drivers import processes
 from tiling.datasets import Dataset
 from tiling.errors import BonyError, UsageError
 from tiling.progress import progress, say
@@ -97,7 +98,7 @@ def _slides(made: Path, given: Path | None, size: Size) -> tuple[Dataset, Path]:
 def _pretrained(out: Path, dataset: Dataset, size: Size) -> None:
     """Store and run."""
     say(f"1/6 tiling {len(dataset.sources)} slides -> {out / STORE}")
-    tiling_run.tile(dataset, out / STORE, TileSettings(), workers=len(os.sched_getaffinity(0)))
+    tiling_run.tile(dataset, out / STORE, TileSettings(), processes(len(os.sched_getaffinity(0))))
     _require_sound(audit.store_problems(out / STORE))
     say(f"2/6 pretraining -> {out / RUN}")
     words = ["--config", str(config_file()), "--data", str(out / STORE), "--out", str(out / RUN)]

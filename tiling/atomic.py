@@ -148,13 +148,13 @@ def box_digest(folder: Path, listing: str = COMPLETE) -> str:
 
 
 @contextmanager
-def building(final: Path, work: Path, listing: str = COMPLETE) -> Iterator[Path]:
+def building(final: Path, work: Path, listing: str = COMPLETE, token: str | None = None) -> Iterator[Path]:
     """Build a box in a fresh folder under ``work``; seal it and rename it to ``final`` on success.
 
     On an error the half-made folder is removed and nothing stands at ``final``. When another writer was first,
-    its box stays and ours is dropped.
+    its box stays and ours is dropped. The fresh folder is named after ``token``, or this process.
     """
-    temporary = work / f"{final.name}.{os.getpid()}"
+    temporary = work / f"{final.name}.{token or os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     while not temporary.is_dir():
         with suppress(FileNotFoundError):  # another writer has just removed the empty ``work``

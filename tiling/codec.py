@@ -6,7 +6,7 @@ other tables 42 dB) or in bytes.
 """
 
 import io
-import re
+import mmap
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,9 +24,10 @@ ZSTD_LEVEL = 3
 # Row-major position of each coefficient of a zigzag-ordered table (ITU T.81, figure A.6).
 _ZIGZAG = sorted(range(64), key=lambda n: (n // 8 + n % 8, (n // 8 if (n // 8 + n % 8) % 2 else n % 8)))
 _SUBSAMPLING = {(1, 1): "4:4:4", (2, 1): "4:2:2", (2, 2): "4:2:0"}
-_SOF_BASELINE = (0xC0, 0xC1, 0xC2)
-# A marker in entropy-coded data, where only restart markers belong; tables and further scans may follow a scan.
-_MARKER_IN_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
+_FRAME_MARKERS = (0xC0, 0xC1, 0xC2)
+# What may follow 0xFF in entropy-coded data without being a marker: a stuffed zero, a restart, a fill byte.
+_NO_MARKER = np.isin(np.arange(256), [0x00, *range(0xD0, 0xD8), 0xFF])
+# Tables and further scans may follow a scan.
 _BETWEEN_SCANS = (0xC4, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE)
 _MARKER_WITHOUT_LENGTH = (0xD8, 0x01, *range(0xD0, 0xD8))
 
@@ -46,7 +47,17 @@ class JpegSettings:
     rgb: bool
 
 
-def _segments(stream: bytes) -> list[tuple[int, bytes]]:
+@dataclass(frozen=True)
+class JpegFrame:
+    """What a JPEG's frame header claims: size in pixels, bits per sample; (id, across, down, table) per component."""
+
+    width: int
+    height: int
+    precision: int
+    components: tuple[tuple[int, int, int, int], ...]
+
+
+def _segments(stream: bytes | mmap.mmap) -> list[tuple[int, bytes]]:
     """(marker, payload) of each marker segment before the entropy-coded data."""
     found, at = [], 0
     while at + 4 <= len(stream):
@@ -62,6 +73,24 @@ def _segments(stream: bytes) -> list[tuple[int, bytes]]:
         found.append((marker, stream[at + 4 : at + 2 + length]))
         at += 2 + length
     return found
+
+
+def _frame(payload: bytes) -> JpegFrame:
+    """A frame header (ITU T.81, B.2.2)."""
+    rows = [payload[6 + 3 * n : 9 + 3 * n] for n in range(payload[5])]
+    components = tuple((row[0], row[1] >> 4, row[1] & 15, row[2]) for row in rows)
+    return JpegFrame(int.from_bytes(payload[3:5]), int.from_bytes(payload[1:3]), payload[0], components)
+
+
+def jpeg_frame(stream: bytes | mmap.mmap) -> JpegFrame | None:
+    """What a stream's header claims, read without decoding; None without a baseline or progressive frame header."""
+    for marker, payload in _segments(stream):
+        if marker in _FRAME_MARKERS:
+            try:
+                return _frame(payload)
+            except IndexError:
+                return None
+    return None
 
 
 def _tables(payload: bytes) -> dict[int, tuple[int, ...]]:
@@ -92,16 +121,15 @@ def jpeg_settings(stream: bytes, shared_tables: bytes | None = None, declared_rg
         The settings, or None for a stream whose settings Pillow cannot repeat (not three components, unusual sampling).
     """
     tables: dict[int, tuple[int, ...]] = {}
-    components: list[tuple[int, int, int, int]] = []
+    components: tuple[tuple[int, int, int, int], ...] = ()
     adobe: int | None = None
     jfif = False
     try:
         for marker, payload in _segments(shared_tables or b"") + _segments(stream):
             if marker == 0xDB:
                 tables |= _tables(payload)
-            elif marker in _SOF_BASELINE:
-                rows = [payload[6 + 3 * n : 9 + 3 * n] for n in range(payload[5])]
-                components = [(row[0], row[1] >> 4, row[1] & 15, row[2]) for row in rows]
+            elif marker in _FRAME_MARKERS:
+                components = _frame(payload).components
             elif marker == 0xEE and payload[:5] == b"Adobe":
                 adobe = payload[11]
             elif marker == 0xE0 and payload[:4] == b"JFIF":
@@ -134,15 +162,24 @@ def jpeg_unsound(stream: bytes, header: bytes | None = None) -> str:
         at = stream.find(b"\xff\xda")
         if at < 0:
             return "no scan in it"
-        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
-    while found := _MARKER_IN_SCAN.search(stream, at):
-        marker = stream[found.end() - 1]
+        at += 2 + int.from_bytes(stream[at + 2 : at + 4])
+    for place in _markers(stream, at):
+        if place < at:
+            continue  # inside the tables between two scans
+        marker = stream[place + 1]
         if marker == 0xD9:
             return ""
         if marker not in _BETWEEN_SCANS:
-            return f"marker {marker:#04x} at byte {found.start()} of its data"
-        at = found.end() + int.from_bytes(stream[found.end() : found.end() + 2], "big")
+            return f"marker {marker:#04x} at byte {place} of its data"
+        at = place + 2 + int.from_bytes(stream[place + 2 : place + 4])
     return "" if header is not None else "it ends before its end marker"
+
+
+def _markers(stream: bytes, first: int) -> list[int]:
+    """Where markers that do not belong into entropy-coded data stand, from byte ``first`` on."""
+    data = np.frombuffer(stream, np.uint8)
+    places = np.flatnonzero(data[first:-1] == 0xFF) + first
+    return [int(place) for place in places[~_NO_MARKER[data[places + 1]]]]
 
 
 @cache

@@ -1,29 +1,32 @@
 """One slide to tiles: tissue mask, grid, decode once, filters, labels. No output here: candidates are yielded."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import cv2
 import numpy as np
 
 from tiling import filters, labels
-from tiling.errors import MaskError, SlideError
-from tiling.filters import Metrics
+from tiling.errors import SlideError
 from tiling.grid import Cut, Level, choose_cut, tile_corners, to_level0
+from tiling.masks import MaskReader, tile_labels
 from tiling.segments import RowReader
 from tiling.settings import TileSettings
 from tiling.slide import Slide
 from tiling.tissue import is_brightfield, tissue_fraction, tissue_mask
 
-NO_TISSUE, DAMAGED = "tissue", "damaged"
+NO_TISSUE, FLAT, DAMAGED = "tissue", "flat", "damaged"
 NOT_BRIGHTFIELD = "does not look like bright-field: dark background"
 # Lumina of large benign glands and small vessels are about this large.
 LARGEST_HOLE_UM2 = 30_000.0
-_MCU = 16
+# Compressed bytes per pixel up to which a segment shows nothing: a JPEG of one colour, 4:2:0, has 0.016 of them.
+FLAT_BYTES = 0.02
+# Source pixels of one row of tiles are cut and measured together, up to this many bytes of them.
+_STRIP_BYTES = 1 << 22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """One place of the grid, and what became of it.
 
@@ -31,8 +34,8 @@ class Candidate:
         x: Left edge in level-0 pixels.
         y: Top edge in level-0 pixels.
         tissue_fraction: Share of tissue mask under it.
-        reason: Why it was rejected: ``tissue``, ``damaged`` or a filter's name; "" when kept.
-        metrics: Filter metrics; None when it was not decoded.
+        reason: Why it was rejected: ``tissue``, ``flat``, ``damaged`` or a filter's name; "" when kept.
+        metrics: ``filters.METRICS``, float32; None when it was not decoded.
         tile: Pixels, uint8 (px, px, 3); None when it was not decoded.
         mask: Mask values of a kept tile, uint8 (px, px), where the slide has a mask.
         coverage: Share per mask value of a kept tile, where the slide has a mask.
@@ -44,7 +47,7 @@ class Candidate:
     y: int
     tissue_fraction: float
     reason: str = ""
-    metrics: Metrics | None = None
+    metrics: np.ndarray | None = None
     tile: np.ndarray | None = None
     mask: np.ndarray | None = None
     coverage: tuple[float, ...] = ()
@@ -108,7 +111,7 @@ def cut_slide(
     slide: Slide,
     plan: Plan,
     settings: TileSettings,
-    mask: Slide | None = None,
+    mask: MaskReader | None = None,
     scheme: labels.Scheme | None = None,
 ) -> Iterator[Candidate]:
     """Every candidate of a plan, in row order; each source segment is decoded at most once.
@@ -117,112 +120,94 @@ def cut_slide(
         slide: The slide.
         plan: Its plan.
         settings: Filters and label share.
-        mask: The slide's mask, values in its first channel.
+        mask: The slide's mask.
         scheme: What the mask's values mean; needed with ``mask``.
 
     Yields:
-        Candidates.
+        Candidates. Their tiles are views of larger arrays: who keeps some of them for long, copies.
 
     Raises:
-        MaskError: The mask does not fit the slide, or holds unknown values.
+        MaskError: The mask holds unknown values.
     """
-    cut, limits = plan.cut, settings.thresholds
+    cut = plan.cut
     reader = row_reader(slide, cut.level)
-    mask_cut = _MaskCutter(mask, slide, cut) if mask is not None else None
+    known = _judged_unseen(slide, plan, settings.thresholds)
     level0 = to_level0(plan.corners, cut.level)
-    for (x, y), (x0, y0), share in zip(plan.corners, level0, plan.tissue_fraction, strict=True):
-        place = Candidate(int(x0), int(y0), float(share))
-        if limits is not None and share < limits.min_tissue:
-            yield replace(place, reason=NO_TISSUE)
-            continue
-        tile = reader.cut(int(x), int(y), cut.span)
-        if tile is None:
-            yield replace(place, reason=DAMAGED)
-            continue
-        tile = _to_size(tile, cut)
-        metrics = filters.measure(tile)
-        decoded = replace(place, metrics=metrics, tile=tile)
-        reason = filters.verdict(metrics, limits) if limits is not None else ""
-        if reason or mask_cut is None or scheme is None:
-            yield replace(decoded, reason=reason)
-            continue
-        values = mask_cut.at(int(x), int(y))
-        yield replace(decoded, reason=DAMAGED) if values is None else _labelled(decoded, values, cut, scheme, settings)
+    for strip in _strips(plan):
+        reasons = known[strip]
+        seen = [n for n, reason in enumerate(reasons) if not reason]
+        tiles, metrics = _decoded(reader, plan, strip, seen, reasons, settings.thresholds)
+        shown = iter(zip(metrics, tiles, strict=True))
+        decoded = set(seen)
+        places = zip(level0[strip].tolist(), plan.corners[strip].tolist(), plan.tissue_fraction[strip].tolist(), strict=True)
+        for n, ((x0, y0), (x, y), share) in enumerate(places):
+            pixels = next(shown) if n in decoded else (None, None)
+            reason = reasons[n]
+            if reason == DAMAGED:
+                yield Candidate(x0, y0, share, reason)
+            elif reason or mask is None or scheme is None:
+                yield Candidate(x0, y0, share, reason, *pixels)
+            else:
+                found = tile_labels(mask, x, y, cut, scheme, settings.min_label_share)
+                if found is None:
+                    yield Candidate(x0, y0, share, DAMAGED, *pixels)
+                else:
+                    yield Candidate(x0, y0, share, "", *pixels, found.mask, found.coverage, found.label)
 
 
-def _labelled(
-    candidate: Candidate, values: np.ndarray, cut: Cut, scheme: labels.Scheme, settings: TileSettings
-) -> Candidate:
-    """The candidate with mask, coverage and label; ``values`` are the mask's under the tile, at source resolution."""
-    shares = labels.coverage(values, scheme)
-    if values.shape[0] != cut.px:
-        values = cv2.resize(values, (cut.px, cut.px), interpolation=cv2.INTER_NEAREST)
-    label = labels.label(shares, scheme, settings.min_label_share)
-    return replace(candidate, mask=values, coverage=tuple(float(share) for share in shares), label=label)
+def _judged_unseen(slide: Slide, plan: Plan, limits: filters.Thresholds | None) -> list[str]:
+    """Reasons to reject candidates without decoding them, "" for the others."""
+    reasons = [""] * len(plan.corners)
+    if limits is None:
+        return reasons
+    sizes = slide.compressed_sizes(plan.cut.level.index)
+    if sizes is not None and limits.max_empty < 1:
+        grid = slide.segment_grid(plan.cut.level.index)
+        flat = sizes <= FLAT_BYTES * grid.segment_width * grid.segment_height
+        if flat.any():
+            for n, (x, y) in enumerate(plan.corners.tolist()):
+                if flat[grid.under(x, y, plan.cut.span)].all():
+                    reasons[n] = FLAT
+    for n in np.flatnonzero(plan.tissue_fraction < limits.min_tissue):
+        reasons[n] = NO_TISSUE
+    return reasons
 
 
-def cut_image(image: Slide, settings: TileSettings, number: int, label: int) -> tuple[Cut, list[Candidate]]:
-    """Every whole tile of a tile image that others have chosen and labelled: measured, not filtered.
-
-    What is left over is shared between both sides, on the JPEG's 16-pixel grid.
-
-    Args:
-        image: The opened image.
-        settings: Tile side and scale.
-        number: Which image of its slide it is.
-        label: Its class.
-
-    Raises:
-        SlideError: The image does not say its scale and none was given, or does not decode.
-        GridError: It is coarser than the target.
-    """
-    if image.mpp is None:
-        raise SlideError("tile images do not say their scale", image.path, "give it with --mpp or --slide-mpp")
-    cut = choose_cut(image.levels, image.mpp, settings.tile_px, settings.mpp, settings.mpp_tolerance)
-    width, height = cut.level.width, cut.level.height
-    margin = tuple(side % cut.span // 2 // _MCU * _MCU if side >= cut.span else 0 for side in (width, height))
-    reader = row_reader(image, cut.level)
-    candidates = []
-    for x, y in tile_corners(width, height, cut.span, (margin[0], margin[1])):
-        tile = reader.cut(int(x), int(y), cut.span)
-        if tile is None:
-            raise SlideError(next(iter(reader.damaged.values())), image.path)
-        tile = _to_size(tile, cut)
-        place = Candidate(int(x), int(y), math.nan, image=number, label=label)
-        candidates.append(replace(place, metrics=filters.measure(tile), tile=tile))
-    return cut, candidates
+def _strips(plan: Plan) -> Iterator[slice]:
+    """Slices of the candidates that stand in one row, at most _STRIP_BYTES of source pixels in each."""
+    most = max(1, _STRIP_BYTES // (3 * plan.cut.span**2))
+    rows = plan.corners[:, 1]
+    starts = [0, *(np.flatnonzero(np.diff(rows)) + 1).tolist(), len(rows)]
+    for start, end in pairwise(starts):
+        for first in range(start, end, most):
+            yield slice(first, min(first + most, end))
 
 
-def _to_size(tile: np.ndarray, cut: Cut) -> np.ndarray:
-    """A tile at its stored size, by area mean."""
-    return np.asarray(cv2.resize(tile, (cut.px, cut.px), interpolation=cv2.INTER_AREA)) if cut.resampled else tile
+def _decoded(
+    reader: RowReader, plan: Plan, strip: slice, seen: list[int], reasons: list[str], limits: filters.Thresholds | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels, uint8 (len(seen), px, px, 3), and metrics of a strip's candidates; ``reasons`` gets their verdicts."""
+    cut = plan.cut
+    if not seen:
+        return np.zeros((0, cut.px, cut.px, 3), np.uint8), np.zeros((0, len(filters.METRICS)), np.float32)
+    corners = plan.corners[strip]
+    tiles, whole = reader.cut_row(corners[seen, 0].tolist(), int(corners[0, 1]), cut.span)
+    tiles = to_size(tiles, cut)
+    metrics = filters.measure(tiles)
+    verdicts = filters.verdicts(metrics, limits) if limits is not None else [""] * len(seen)
+    for place, n in enumerate(seen):
+        reasons[n] = verdicts[place] if whole[place] else DAMAGED
+    return tiles, metrics
+
+
+def to_size(tiles: np.ndarray, cut: Cut) -> np.ndarray:
+    """Tiles (n, span, span, 3) at their stored size (n, px, px, 3), by area mean."""
+    if not cut.resampled:
+        return tiles
+    size = cut.px, cut.px
+    return np.stack([np.asarray(cv2.resize(tile, size, interpolation=cv2.INTER_AREA)) for tile in tiles])
 
 
 def row_reader(slide: Slide, level: Level) -> RowReader:
     """Reader of one level, decode once."""
     return RowReader(slide.segment_grid(level.index), lambda number: slide.read_segment(level.index, number))
-
-
-class _MaskCutter:
-    """Cuts the mask under a tile: from the level of the same size, else from the mask's level 0."""
-
-    def __init__(self, mask: Slide, slide: Slide, cut: Cut) -> None:
-        ours, theirs = mask.levels[0], slide.levels[0]
-        if (ours.width, ours.height) != (theirs.width, theirs.height):
-            raise MaskError(
-                f"mask is {ours.width} x {ours.height} px, its slide {theirs.width} x {theirs.height} px",
-                mask.path,
-                "masks must have the slide's level-0 size",
-            )
-        same = [level for level in mask.levels if (level.width, level.height) == (cut.level.width, cut.level.height)]
-        self._scale = 1.0 if same else cut.level.downsample
-        self._span = round(cut.span * self._scale)
-        self._reader = row_reader(mask, same[0] if same else ours)
-
-    def at(self, x: int, y: int) -> np.ndarray | None:
-        """Mask values under the tile whose corner is at x, y of the cut level, uint8 (span, span); None: damaged."""
-        grid = self._reader.grid
-        left = min(round(x * self._scale), grid.width - self._span)
-        top = min(round(y * self._scale), grid.height - self._span)
-        values = self._reader.cut(left, top, self._span)
-        return None if values is None else np.ascontiguousarray(values[..., 0])

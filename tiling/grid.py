@@ -21,12 +21,22 @@ ERROR_TOO_COARSE = (
 
 @dataclass(frozen=True)
 class Level:
-    """One pyramid level: size in its own pixels, and level-0 pixels per pixel of it."""
+    """One pyramid level.
+
+    Args:
+        index: Its number, 0 the finest.
+        width: Width in its own pixels.
+        height: Height in its own pixels.
+        downsample: Level-0 pixels per pixel of it, mean of both axes, as in OpenSlide.
+        downsample_xy: The same along x and along y, which differ where a writer rounded the level's size; None where
+            both are ``downsample``.
+    """
 
     index: int
     width: int
     height: int
     downsample: float
+    downsample_xy: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,5 +125,9 @@ def tile_corners(width: int, height: int, span: int, margin: tuple[int, int] = (
 
 
 def to_level0(corners: np.ndarray, level: Level) -> np.ndarray:
-    """Level corners (N, 2) as level-0 pixels, int64, rounded to the nearest pixel."""
-    return np.rint(corners * level.downsample).astype(np.int64)
+    """Level corners (N, 2) as level-0 pixels, int64, rounded to the nearest pixel; each axis by its own downsample.
+
+    >>> to_level0(np.array([[1000, 1000]]), Level(1, 25000, 1250, 4.0004, (4.0, 4.0008))).tolist()
+    [[4000, 4001]]
+    """
+    return np.asarray(np.rint(corners * np.array(level.downsample_xy or level.downsample)), np.int64)

@@ -5,43 +5,33 @@ Slide-level facts (provider, grade, mpp) stand in dictionary columns, so that th
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tiling import atomic
+from tiling.byte_ranges import Place
 from tiling.errors import StoreError
 
 INDEX, INDEX_SUM = "index.parquet", "index.sha256"
 ROWS = "rows.parquet"
 SLIDES = "slides"
-METADATA_KEY = b"bony"
+METADATA_KEY, COLOURS_KEY = b"bony", b"bony_colours"
 COVERAGE = "coverage_"
+COLOUR = "colour"
 _TILE_COLUMNS = ("image", "x", "y", "label", "split", "tissue_fraction")
-_SLIDE_COLUMNS = ("provider", "isup_grade", "gleason_score", "mpp")
-
-
-def rows_table(columns: dict[str, Any], coverage_names: tuple[str, ...], slide: dict[str, Any]) -> pa.Table:
-    """The table of one slide's candidates.
-
-    Args:
-        columns: Column name -> values, one per candidate; ``coverage`` holds a tuple of shares or an empty tuple.
-        coverage_names: Names of the mask's values; empty without a mask.
-        slide: Slide-level facts, stored in the table's metadata.
-    """
-    types = {
-        "image": pa.int32(), "x": pa.int64(), "y": pa.int64(), "kept": pa.bool_(), "reason": pa.string(),
-        "tissue_fraction": pa.float32(), "empty": pa.float32(), "edges": pa.float32(), "texture": pa.float32(),
-        "label": pa.int16(), "split": pa.string(),
-    }  # fmt: skip
-    table = pa.table({name: pa.array(columns[name], kind) for name, kind in types.items()})
-    for position, name in enumerate(coverage_names):
-        shares = [share[position] if share else None for share in columns["coverage"]]
-        table = table.append_column(f"{COVERAGE}{name}", pa.array(shares, pa.float32()))
-    return table.replace_schema_metadata({METADATA_KEY: json.dumps(slide, sort_keys=True).encode()})
+_SLIDE_COLUMNS = {
+    "slide_id": pa.string(), "provider": pa.string(), "gleason_score": pa.string(), "isup_grade": pa.int8(),
+    "mpp": pa.float32(),
+}  # fmt: skip
+# A shared file system answers slowly, but many at a time.
+_THREADS = 8
 
 
 def slide_facts(table: pa.Table) -> dict[str, Any]:
@@ -50,40 +40,54 @@ def slide_facts(table: pa.Table) -> dict[str, Any]:
     return facts
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether a slide's id is the name of a folder, and nothing that leads elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def _for_each(function: Callable[[Path], Any], folders: Sequence[Path]) -> list[Any]:
+    """Results in the folders' order; each thread takes every so manieth."""
+    results: list[Any] = [None] * len(folders)
+
+    def some(first: int) -> None:
+        for number in range(first, len(folders), _THREADS):
+            results[number] = function(folders[number])
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(some, range(_THREADS)))
+    return results
+
+
 def slide_folders(store: Path) -> list[Path]:
     """Finished slides of a store, sorted by id."""
     root = store / SLIDES
     if not root.is_dir():
         return []
-    return sorted(folder for folder in root.iterdir() if (folder / atomic.COMPLETE).is_file())
+    folders = sorted(root.iterdir())
+    finished = _for_each(lambda folder: (folder / atomic.COMPLETE).is_file(), folders)
+    return [folder for folder, whole in zip(folders, finished, strict=True) if whole]
 
 
 def fingerprint(store: Path) -> str:
     """Identity of a store's content: sha256 over its slides' ids and digests; the index does not count."""
+    return _fingerprint(slide_folders(store))
+
+
+def _fingerprint(folders: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for folder in slide_folders(store):
-        digest.update(f"{folder.name} {atomic.box_digest(folder)}\n".encode())
+    for folder, own in zip(folders, _for_each(atomic.box_digest, folders), strict=True):
+        digest.update(f"{folder.name} {own}\n".encode())
     return digest.hexdigest()
 
 
-def _slide_part(folder: Path) -> pa.Table:
-    """Index rows of one slide: its kept tiles, numbered as in its arrays."""
-    table = pq.read_table(pa.BufferReader(atomic.read_listed(folder, ROWS)))
-    facts = slide_facts(table)
-    kept = table.filter(table["kept"])
-    coverage = [name for name in kept.column_names if name.startswith(COVERAGE)]
-    part = kept.select([*_TILE_COLUMNS, *coverage])
-    part = part.append_column("row", pa.array(range(len(part)), pa.int32()))
-    count = len(part)
-    constants = {
-        "slide_id": (facts["slide_id"], pa.string()), "provider": (facts["provider"], pa.string()),
-        "gleason_score": (facts["gleason_score"], pa.string()), "isup_grade": (facts["isup_grade"], pa.int8()),
-        "mpp": (facts["mpp"], pa.float32()),
-    }  # fmt: skip
-    for name, (value, kind) in constants.items():
-        column = pa.repeat(pa.scalar(value, kind), count)
-        part = part.append_column(name, pc.dictionary_encode(column))
-    return part.replace_schema_metadata(None)
+def _slide_part(folder: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """Kept tiles of one slide, numbered as in its arrays, and its facts."""
+    file = pq.ParquetFile(pa.BufferReader(atomic.read_listed(folder, ROWS)))
+    coverage = [name for name in file.schema_arrow.names if name.startswith(COVERAGE)]
+    table = file.read([*_TILE_COLUMNS, *coverage, "kept"], use_threads=False)  # the slides have threads
+    kept = table.filter(table["kept"]).drop_columns("kept")
+    numbers = pa.array(np.arange(len(kept), dtype=np.int32))
+    return kept.append_column("row", numbers).replace_schema_metadata(None), slide_facts(table)
 
 
 def build_index(store: Path) -> pa.Table:
@@ -96,46 +100,110 @@ def build_index(store: Path) -> pa.Table:
     folders = slide_folders(store)
     if not folders:
         raise StoreError("no finished slide in this store", store, "tile some slides first")
-    table = pa.concat_tables(
-        [_slide_part(folder) for folder in folders], promote_options="default"
-    ).unify_dictionaries()
-    about = {"slides": [folder.name for folder in folders], "fingerprint": fingerprint(store)}
-    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(about).encode()})
+    parts = _for_each(_slide_part, folders)
+    table = pa.concat_tables([part for part, _ in parts], promote_options="default").combine_chunks()
+    facts = [facts for part, facts in parts if len(part)]
+    slide_of_row = pa.array(np.repeat(np.arange(len(facts)), [len(part) for part, _ in parts if len(part)]))
+    for name, kind in _SLIDE_COLUMNS.items():
+        of_slides = pa.array([fact[name] for fact in facts], kind).dictionary_encode()
+        table = table.append_column(name, of_slides.take(slide_of_row))
+    about = {"slides": [folder.name for folder in folders], "fingerprint": _fingerprint(folders)}
+    colours = {fact["slide_id"]: fact[COLOUR] for fact in facts if fact.get(COLOUR)}
+    metadata = {METADATA_KEY: about, COLOURS_KEY: colours}
+    table = table.replace_schema_metadata({key: json.dumps(value).encode() for key, value in metadata.items()})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     data = sink.getvalue().to_pybytes()
     # A crash between the two leaves an index that does not match: it is refused, and rebuilt by `bony index`.
     atomic.write_bytes(store / INDEX, data)
-    atomic.write_bytes(store / INDEX_SUM, f"{hashlib.sha256(data).hexdigest()}  {INDEX}\n".encode())
+    atomic.write_bytes(store / INDEX_SUM, _sum_line(data))
     return table
 
 
-def read_index(store: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """The index and what it says of itself (``slides``, ``fingerprint``).
+def _sum_line(data: bytes) -> bytes:
+    """What STORE/index.sha256 holds, as sha256sum writes it."""
+    return f"{hashlib.sha256(data).hexdigest()}  {INDEX}\n".encode()
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index whose checksum is right and whose slides are there; its columns are decoded when they are asked for.
+
+    Args:
+        slides: Ids of all finished slides.
+        fingerprint: Identity of the store's content.
+        slide_id: Slide of every row, a dictionary array.
+    """
+
+    slides: tuple[str, ...]
+    fingerprint: str
+    slide_id: pa.DictionaryArray
+    _data: bytes
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Some columns, or all."""
+        return self._open().read(columns)
+
+    def _open(self) -> pq.ParquetFile:
+        """Each caller its own: two threads may ask."""
+        return pq.ParquetFile(pa.BufferReader(self._data))
+
+    def colours(self) -> dict[str, Any]:
+        """What ``tiling.stain`` knows of each slide, by id; slides of which it knows nothing are left out."""
+        found: dict[str, Any] = json.loads(self._open().schema_arrow.metadata.get(COLOURS_KEY, b"{}"))
+        return found
+
+
+def open_index(store: Place) -> Index:
+    """The index of a store; behind a URL, which nobody can list, its slides are taken to be there.
 
     Raises:
-        StoreError: There is none, it does not match its checksum, or it does not list the slides that are there.
+        StoreError: There is none, it does not match its checksum, it does not list the slides that are there, or it
+            names what is no slide of the store.
     """
-    path = store / INDEX
-    if not path.is_file():
-        raise StoreError("the store has no index", store, f"run `bony index {store}`")
-    data = path.read_bytes()
+    path, do = store / INDEX, f"run `bony index {store}`"
+    data = _checked_bytes(store, do)
     try:
-        stated = (store / INDEX_SUM).read_text().split()[0]
-    except (OSError, ValueError, IndexError) as error:
-        raise StoreError(f"its checksum cannot be read ({error})", path, f"run `bony index {store}`") from error
-    if hashlib.sha256(data).hexdigest() != stated:
-        raise StoreError(f"sha256 differs from {INDEX_SUM}", path, f"run `bony index {store}`")
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-        about: dict[str, Any] = json.loads(table.schema.metadata[METADATA_KEY])
+        file = pq.ParquetFile(pa.BufferReader(data))
+        about = json.loads(file.schema_arrow.metadata[METADATA_KEY])
+        encoded = file.read(["slide_id"])["slide_id"].combine_chunks()
+        slides, named = about["slides"], encoded.dictionary.to_pylist()
+        index = Index(tuple(slides), about["fingerprint"], encoded, data)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"index cannot be read ({error})", path, f"run `bony index {store}`") from error
-    present = [folder.name for folder in slide_folders(store)]
-    if present != about["slides"]:
-        raise StoreError(
-            f"index lists {len(about['slides'])} slides, the store has {len(present)}",
-            store,
-            f"run `bony index {store}`",
-        )
-    return table, about
+        raise StoreError(f"index cannot be read ({error})", str(path), do) from error
+    if isinstance(store, Path):
+        present = [folder.name for folder in slide_folders(store)]
+        if present != slides:
+            raise StoreError(f"index lists {len(slides)} slides, the store has {len(present)}", store, do)
+    strange = [name for name in slides if not is_plain_name(name)] or sorted(set(named) - set(slides))
+    if strange:
+        raise StoreError(f"index names {strange[0]!r}, which is no slide of this store", str(path), do)
+    return index
+
+
+def _checked_bytes(store: Place, do: str) -> bytes:
+    """Bytes of STORE/index.parquet that match STORE/index.sha256."""
+    path = store / INDEX
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise StoreError("the store has no index", str(store), do) from error
+    except OSError as error:
+        raise StoreError(f"cannot be read ({error})", str(path), do) from error
+    try:
+        stated = (store / INDEX_SUM).read_bytes()
+    except OSError as error:
+        raise StoreError(f"its checksum cannot be read ({error})", str(path), do) from error
+    if _sum_line(data) != stated:
+        raise StoreError(f"sha256 differs from {INDEX_SUM}", str(path), do)
+    return data
+
+
+def read_index(store: Place) -> tuple[pa.Table, dict[str, Any]]:
+    """The whole index and what it says of itself (``slides``, ``fingerprint``).
+
+    Raises:
+        StoreError: As ``open_index``.
+    """
+    index = open_index(store)
+    return index.read(), {"slides": list(index.slides), "fingerprint": index.fingerprint}

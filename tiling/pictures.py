@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import cv2
+import imagecodecs
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tiling.codec import encode_jpeg
 from tiling.grid import Cut
 
 # One colour per fate of a candidate, told apart by colour-blind readers too (Okabe & Ito 2008).
@@ -16,17 +16,27 @@ COLOURS = {
     "empty": (230, 159, 0),
     "edges": (213, 94, 0),
     "texture": (204, 121, 167),
+    "flat": (210, 210, 210),
+    "blur": (86, 180, 233),
+    "pen": (0, 158, 115),
+    "dark": (120, 90, 40),
     "damaged": (0, 0, 0),
 }
-_NAMES = {
+NAMES = {
     "": "kept",
     "tissue": "too little tissue",
+    "flat": "nothing but background",
     "empty": "mostly empty",
     "edges": "too few edges",
     "texture": "too homogeneous",
+    "blur": "out of focus",
+    "pen": "pen mark",
+    "dark": "black border",
+    "damaged": "damaged in the file",
 }
-THUMBNAIL_SIDE = 1200
-SHEET_COLUMNS, SHEET_TILE = 8, 128
+LEAST_SIDE, MOST_SIDE = 800, 1500
+SHEET_COLUMNS, SHEET_TILE, SHEET_KEPT, SHEET_REJECTED_EACH = 8, 112, 32, 8
+_QUALITY = 85
 _STRIP, _CAPTION = 38, 24
 _LEGEND_FONT, _CAPTION_FONT = 24, 17
 _WHITE = (255, 255, 255)
@@ -38,10 +48,21 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def fit_overview(overview: np.ndarray) -> np.ndarray:
-    """The overview (H, W, 3) with its longer side at THUMBNAIL_SIDE, uint8."""
-    scale = THUMBNAIL_SIDE / max(overview.shape[:2])
-    size = max(1, round(overview.shape[1] * scale)), max(1, round(overview.shape[0] * scale))
-    return np.asarray(cv2.resize(overview, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR))
+    """The overview (H, W, 3) at a size to look at, uint8: reduced or enlarged a whole number of times, or as it is."""
+    height, width = overview.shape[:2]
+    longer = max(height, width)
+    if longer > MOST_SIDE:
+        factor = -(-longer // MOST_SIDE)
+        size = max(1, width // factor), max(1, height // factor)
+        return np.asarray(cv2.resize(overview, size, interpolation=cv2.INTER_AREA))
+    factor = max(1, LEAST_SIDE // longer)
+    size = width * factor, height * factor
+    return np.asarray(cv2.resize(overview, size, interpolation=cv2.INTER_LINEAR)) if factor > 1 else overview
+
+
+def encoded(picture: np.ndarray) -> bytes:
+    """A picture to look at, uint8 (H, W, 3), as JPEG."""
+    return bytes(imagecodecs.jpeg8_encode(picture, level=_QUALITY))
 
 
 def thumbnail(overview: np.ndarray, cut: Cut, corners: np.ndarray, reasons: Sequence[str]) -> bytes:
@@ -68,7 +89,7 @@ def thumbnail(overview: np.ndarray, cut: Cut, corners: np.ndarray, reasons: Sequ
         box = (x + 1, y + 1 + _STRIP, x + side - 1, y + side - 1 + _STRIP)
         draw.rectangle(box, outline=COLOURS[reason], width=2 if reason == "" else 1)
     _legend(draw, reasons)
-    return encode_jpeg(np.asarray(image), None)
+    return encoded(np.asarray(image))
 
 
 def _legend(draw: ImageDraw.ImageDraw, reasons: Sequence[str]) -> None:
@@ -78,23 +99,40 @@ def _legend(draw: ImageDraw.ImageDraw, reasons: Sequence[str]) -> None:
         if not count and reason != "":
             continue
         draw.rectangle((left, 9, left + 18, 27), outline=colour, width=4)
-        text = f"{_NAMES.get(reason, reason)} {count}"
+        text = f"{NAMES.get(reason, reason)} {count}"
         draw.text((left + 26, 4), text, fill=(0, 0, 0), font=font(_LEGEND_FONT))
         left += 50 + round(draw.textlength(text, font=font(_LEGEND_FONT)))
 
 
-def contact_sheet(kept: Sequence[tuple[np.ndarray, str]], rejected: Sequence[tuple[np.ndarray, str]]) -> bytes:
-    """A sheet of tiles, kept ones above and rejected ones below, each with its caption, as JPEG.
+def small(tile: np.ndarray) -> np.ndarray:
+    """A tile (px, px, 3) at the size at which sheets show it."""
+    return np.asarray(cv2.resize(tile, (SHEET_TILE, SHEET_TILE), interpolation=cv2.INTER_AREA))
 
-    Args:
-        kept: Tiles, uint8 (px, px, 3), with their label's name.
-        rejected: Tiles with the reason.
-    """
-    strips = [_strip(f"kept ({len(kept)} shown)", kept)]
-    if rejected:
-        named = [(tile, _NAMES.get(why, why)) for tile, why in rejected]
-        strips.append(_strip(f"rejected by a filter ({len(rejected)} shown)", named))
-    return encode_jpeg(np.concatenate(strips), None)
+
+class Sheet:
+    """A contact sheet: kept tiles above, a few of those that each filter rejected below, each with its caption."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[np.ndarray, str]] = []
+        self._rejected: dict[str, list[np.ndarray]] = {}
+
+    def keep(self, tile: np.ndarray, caption: str) -> None:
+        """Show a kept tile; ``small`` already, or not."""
+        self._kept.append((tile, caption))
+
+    def reject(self, tile: np.ndarray, reason: str) -> None:
+        """Show a rejected tile, if there are not SHEET_REJECTED_EACH of its reason yet."""
+        shown = self._rejected.setdefault(reason, [])
+        if len(shown) < SHEET_REJECTED_EACH:
+            shown.append(small(tile))
+
+    def draw(self) -> bytes:
+        """The sheet as JPEG."""
+        strips = [_strip(f"kept ({len(self._kept)} shown)", self._kept)]
+        rejected = [(tile, NAMES.get(why, why)) for why, tiles in sorted(self._rejected.items()) for tile in tiles]
+        if rejected:
+            strips.append(_strip(f"rejected by a filter ({len(rejected)} shown)", rejected))
+        return encoded(np.concatenate(strips))
 
 
 def _strip(title: str, tiles: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
@@ -106,8 +144,8 @@ def _strip(title: str, tiles: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
     draw.text((4, 6), title, fill=(0, 0, 0), font=font(_LEGEND_FONT - 2))
     for number, (tile, caption) in enumerate(tiles):
         row, column = divmod(number, SHEET_COLUMNS)
-        small = cv2.resize(tile, (SHEET_TILE, SHEET_TILE), interpolation=cv2.INTER_AREA)
         x, y = column * (SHEET_TILE + 4), _STRIP + row * step
-        image.paste(Image.fromarray(small), (x, y))
+        pixels = tile if len(tile) == SHEET_TILE else small(tile)
+        image.paste(Image.fromarray(pixels), (x, y))
         draw.text((x + 2, y + SHEET_TILE + 1), caption, fill=(60, 60, 60), font=font(_CAPTION_FONT))
     return np.asarray(image)

@@ -1,24 +1,29 @@
-"""One plan, run over worker processes: every slide is tiled, quarantined with a reason, or found complete."""
+"""One run of tiling: every slide of a plan is tiled, quarantined with a reason, or found complete; then the index.
 
-import multiprocessing
+Whoever tiles (processes, MPI ranks, the tasks of a Slurm array), the store is the same, byte for byte.
+"""
+
 import shutil
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
-
+from tiling import claims
 from tiling.datasets import Dataset, Source
+from tiling.drivers import Driver, Job, processes
 from tiling.errors import BonyError, UsageError
-from tiling.index import build_index, slide_folders
+from tiling.index import SLIDES, build_index
+from tiling.plan import largest_first, share
 from tiling.progress import progress, say
 from tiling.quarantine import entry, update_quarantine
 from tiling.settings import TileSettings
-from tiling.store import DESCRIPTION, Description, prepare
-from tiling.write import Outcome, write_source
+from tiling.summary import summarise, write_page
+from tiling.store import DESCRIPTION, WORK, Description, prepare
+from tiling.write import Outcome
+
+# No slide id begins with it.
+_STORE_CLAIM = "+store"
+_WAIT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -27,27 +32,41 @@ class Summary:
 
     Args:
         store: The store.
-        outcomes: One per source, by slide id.
-        quarantined: Ids of the sources that quarantine.jsonl lists: left out, or damaged in part, now or earlier.
+        outcomes: One per source of this run, by slide id.
+        quarantined: Ids of these sources that quarantine.jsonl lists: left out, or damaged in part, now or earlier.
+        missing: How many slides of the data set are neither in the store nor left out: other tasks' or jobs'.
         seconds: How long it took.
     """
 
     store: Path
     outcomes: tuple[Outcome, ...]
     quarantined: tuple[str, ...]
+    missing: int
     seconds: float
 
+    @property
+    def held(self) -> tuple[Outcome, ...]:
+        """Slides that another job was writing."""
+        return tuple(outcome for outcome in self.outcomes if outcome.held)
 
-def tile(dataset: Dataset, store: Path, settings: TileSettings, workers: int = 1) -> Summary:
-    """Tile every source of a data set into a store, then index it.
+
+def tile(
+    dataset: Dataset,
+    store: Path,
+    settings: TileSettings,
+    driver: Driver | None = None,
+    part: tuple[int, int] = (1, 1),
+) -> Summary:
+    """Tile every source of a data set, or one part of them, into a store; then index it, if nothing is missing.
 
     Complete slides are skipped. A slide that cannot be tiled is quarantined; the others are not touched by it.
 
     Args:
-        dataset: What to tile.
+        dataset: What to tile: all of it, whatever the part.
         store: New folder, or a store with the same settings.
         settings: What decides the store's content.
-        workers: Processes; each takes one slide at a time.
+        driver: Who tiles; this process, if not given.
+        part: Which of how many shares, counted from 1: of a Slurm array.
 
     Returns:
         The summary; the caller turns quarantined slides into exit code 3.
@@ -56,62 +75,47 @@ def tile(dataset: Dataset, store: Path, settings: TileSettings, workers: int = 1
         StoreError: The store exists with other settings.
         BonyError: Not one slide could be tiled; a store made by this call is removed again.
     """
-    if workers < 1:
-        raise UsageError(f"--workers is {workers}, must be at least 1")
     if not dataset.sources:
         raise UsageError("no slide to tile")
+    if not 1 <= part[0] <= part[1]:
+        raise UsageError(f"--part is {part[0]}/{part[1]}, must be I/N with I from 1 to N")
     start = time.monotonic()
     is_new = not (store / DESCRIPTION).exists()
-    prepare(store, Description(settings, dataset.name, dataset.class_names))
+    class_map = dataset.scheme.to_json() if dataset.scheme else None
+    prepare(store, Description(settings, dataset.name, dataset.class_names, class_map, dataset.ids))
     for remark in dataset.remarks:
         say(f"{dataset.name}: {remark}")
+    sources = share(dataset.sources, *part)
+    outcomes = _outcomes(Job(store, settings, dataset.class_names), sources, driver or processes(1))
+    with claims.claimed(store / WORK, _STORE_CLAIM, wait=_WAIT_SECONDS):
+        problems = [entry(one.slide_id, not one.written, one.problem) for one in outcomes if one.problem and not one.held]
+        looked_at = {one.slide_id for one in outcomes if not one.skipped and not one.held}
+        lines = update_quarantine(store, problems, looked_at)
+        left_out = {line["slide_id"] for line in lines if line["left_out"]}
+        present = {path.name for path in (store / SLIDES).iterdir()}
+        missing = {source.slide_id for source in dataset.sources} - present - left_out
+        if present and (not missing or part == (1, 1)):
+            build_index(store)
+            write_page(store, summarise(store))
+    if not present and not missing:
+        first = next(line for line in lines if line["left_out"])
+        what = f"no slide could be tiled; the first one: {first['slide_id']}: {first['reason']}"
+        if is_new and part == (1, 1):
+            shutil.rmtree(store)
+            raise BonyError(what, do="no store was left")
+        raise BonyError(what, store)
+    listed = {line["slide_id"] for line in lines}
+    quarantined = tuple(outcome.slide_id for outcome in outcomes if outcome.slide_id in listed)
+    return Summary(store, tuple(outcomes), quarantined, len(missing), time.monotonic() - start)
+
+
+def _outcomes(job: Job, sources: list[Source], driver: Driver) -> list[Outcome]:
+    """Outcomes of all sources, by slide id."""
     outcomes = []
-    with progress("tiling", len(dataset.sources), "slides") as advance:
-        for outcome in _outcomes(dataset, store, settings, workers):
+    with progress("tiling", len(sources), "slides") as advance:
+        for outcome in driver(job, sources):
             outcomes.append(outcome)
             advance(note=outcome.slide_id)
             if outcome.problem or outcome.remark:
                 say(f"{outcome.slide_id}: {outcome.problem or outcome.remark}")
-    outcomes.sort(key=lambda outcome: outcome.slide_id)
-    if is_new and not slide_folders(store):
-        shutil.rmtree(store)
-        raise BonyError(f"no slide could be tiled; the first one: {outcomes[0].problem}", do="no store was left")
-    problems = [entry(one.slide_id, not one.written, one.problem) for one in outcomes if one.problem]
-    lines = update_quarantine(store, problems, {one.slide_id for one in outcomes if not one.skipped})
-    listed = {line["slide_id"] for line in lines}
-    build_index(store)
-    quarantined = tuple(outcome.slide_id for outcome in outcomes if outcome.slide_id in listed)
-    return Summary(store, tuple(outcomes), quarantined, time.monotonic() - start)
-
-
-def _outcomes(dataset: Dataset, store: Path, settings: TileSettings, workers: int) -> Iterator[Outcome]:
-    """Outcomes as they come."""
-    jobs = [(store, source, settings, dataset.class_names) for source in dataset.sources]
-    if workers == 1:
-        yield from (attempt(*job) for job in jobs)
-        return
-    # spawn: forked children would inherit threads and locks of imagecodecs and OpenCV.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
-        try:
-            for future in as_completed([pool.submit(attempt, *job) for job in jobs]):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise BonyError(
-                "a worker process died (killed, or out of memory)",
-                store,
-                "run the same command again: finished slides are kept; use fewer --workers if memory was short",
-            ) from error
-
-
-def _one_thread() -> None:
-    """Workers share the machine by processes, so OpenCV's own threads would only get in each other's way."""
-    cv2.setNumThreads(1)
-
-
-def attempt(store: Path, source: Source, settings: TileSettings, class_names: tuple[str, ...]) -> Outcome:
-    """``write_source``, with an error turned into a quarantined outcome."""
-    try:
-        return write_source(store, source, settings, class_names)
-    except BonyError as error:
-        return Outcome(source.slide_id, problem=str(error), written=False)
+    return sorted(outcomes, key=lambda outcome: outcome.slide_id)

@@ -14,9 +14,6 @@ import numpy as np
 
 from tiling.errors import GridError, SlideError
 
-# TIFF tiles are multiples of 16 px wide, so that a block's columns always reduce to whole pixels.
-MAX_SHRINK = 16
-
 
 @dataclass(frozen=True)
 class SegmentGrid:
@@ -126,8 +123,6 @@ class RowReader:
 def shrink(grid: SegmentGrid, decode: Decode, factor: int) -> tuple[np.ndarray, np.ndarray]:
     """A whole level at 1/factor by area mean, one block of segments in memory at a time.
 
-    ``factor`` is a power of two up to MAX_SHRINK.
-
     Returns:
         Pixels, uint8, shape (ceil(H / factor), ceil(W / factor), 3), and where they are unknown, because a segment
         does not decode: bool, shape (ceil(H / factor), ceil(W / factor)). Unknown pixels are white.
@@ -145,23 +140,23 @@ def shrink(grid: SegmentGrid, decode: Decode, factor: int) -> tuple[np.ndarray, 
 def _blocks(grid: SegmentGrid, decode: Decode, factor: int) -> Iterator[tuple[int, int, np.ndarray, bool]]:
     """Left, top, pixels of each block, and whether all of it decodes.
 
-    Rows of segments are joined until a block's height is a multiple of ``factor`` (NDPI's are 8 px high).
+    Segments are joined until a block's sides are multiples of ``factor`` (NDPI's are 8 px high).
     """
-    rows_joined = math.lcm(factor, grid.segment_height) // grid.segment_height
-    for first in range(0, grid.rows, rows_joined):
-        top = first * grid.segment_height
-        height = min(rows_joined * grid.segment_height, grid.height - top)
-        for column in range(grid.columns):
-            left = column * grid.segment_width
-            width = min(grid.segment_width, grid.width - left)
+    across, down = (math.lcm(factor, side) // side for side in (grid.segment_width, grid.segment_height))
+    for first_row in range(0, grid.rows, down):
+        for first_column in range(0, grid.columns, across):
+            left, top = first_column * grid.segment_width, first_row * grid.segment_height
+            width = min(across * grid.segment_width, grid.width - left)
+            height = min(down * grid.segment_height, grid.height - top)
             block, whole = np.full((height, width, 3), 255, np.uint8), True
-            for row in range(first, min(first + rows_joined, grid.rows)):
-                try:
-                    pixels = decode(row * grid.columns + column)[..., :3]
-                except SlideError:
-                    whole = False
-                    continue
-                at = row * grid.segment_height - top
-                pixels = pixels[: height - at, :width]  # TIFF tiles reach past the level's edge
-                block[at : at + pixels.shape[0], : pixels.shape[1]] = pixels
+            for row in range(first_row, min(first_row + down, grid.rows)):
+                for column in range(first_column, min(first_column + across, grid.columns)):
+                    try:
+                        pixels = decode(row * grid.columns + column)
+                    except SlideError:
+                        whole = False
+                        continue
+                    x, y = column * grid.segment_width - left, row * grid.segment_height - top
+                    pixels = pixels[: height - y, : width - x]  # TIFF tiles reach past the level's edge
+                    block[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
             yield left, top, block, whole

@@ -8,7 +8,7 @@ from tiling.errors import UsageError
 from tiling.filters import Thresholds
 from tiling.grid import MPP_RANGE, MPP_TOLERANCE
 
-MAX_TILE_PX = 4096
+MIN_TILE_PX, MAX_TILE_PX = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class TileSettings:
 
     def __post_init__(self) -> None:
         low, high = MPP_RANGE
-        if not 8 <= self.tile_px <= MAX_TILE_PX:
-            raise UsageError(f"tile_px is {self.tile_px}, must lie in 8 to {MAX_TILE_PX}")
+        if not MIN_TILE_PX <= self.tile_px <= MAX_TILE_PX:
+            raise UsageError(f"tile_px is {self.tile_px}, must lie in {MIN_TILE_PX} to {MAX_TILE_PX}")
         for name, value in (("mpp", self.mpp), ("slide_mpp", self.slide_mpp)):
             if value is not None and not low <= value <= high:
                 raise UsageError(f"{name} is {value}, must lie in {low} to {high} um/px")

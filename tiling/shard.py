@@ -6,24 +6,40 @@ ends with its own crc32c. Plain zarr reads the arrays; writing through it would 
 """
 
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import google_crc32c
+import imagecodecs
 import numpy as np
 
 from tiling import codec as tile_codec
+from tiling.byte_ranges import ByteRanges, Place
 from tiling.errors import DamageError
 
 MAX_SHARD_ITEMS = 1024
-_ABSENT = np.uint64(2**64 - 1)
+_ABSENT = 2**64 - 1
 _CRC_BYTES = 4
+_BUFFER_BYTES = 1 << 20
+# The crc32c of any bytes that their own crc32c follows: so they are checked as they lie, without a copy.
+_CRC_WITH_ITSELF = 0x48674BC7
+# Neighbours are read in one go, up to as many bytes; on a shared file system each request has its price.
+_MOST_AT_ONCE = 1 << 20
 
 
 def _crc32c(data: bytes) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(_CRC_BYTES, "little")
+
+
+def _sound(data: np.ndarray, length: int) -> bool:
+    """Whether these are ``length`` bytes that end with the crc32c of those before."""
+    return len(data) == length and google_crc32c.value(data) == _CRC_WITH_ITSELF
+
+
+def _as_array(data: bytes) -> np.ndarray:
+    """Slices of it are no copies."""
+    return np.frombuffer(data, np.uint8)
 
 
 def _shard_name(number: int, item_dims: int) -> str:
@@ -75,7 +91,7 @@ class ArrayWriter:
         if self._file is None:
             path = self.folder / _shard_name(self.count // self._per_shard, len(self.item_shape))
             path.parent.mkdir(parents=True)
-            self._file = path.open("wb")
+            self._file = path.open("wb", buffering=_BUFFER_BYTES)
         self._file.write(data)
         self._file.write(_crc32c(data))
         self._index[self.count % self._per_shard] = self._offset, len(data) + _CRC_BYTES
@@ -105,8 +121,25 @@ class ArrayWriter:
         (self.folder / "zarr.json").write_text(json.dumps(metadata, indent=1))
 
 
+def _decode_into(data: np.ndarray, codec: str, out: np.ndarray) -> None:
+    """Decode the bytes of an item to where it belongs.
+
+    Raises:
+        DamageError: They do not decode to that shape.
+    """
+    try:
+        if codec == "jpeg":
+            imagecodecs.jpeg8_decode(data, out=out)
+            return
+        size = len(imagecodecs.zstd_decode(data, out=memoryview(out).cast("B")))
+    except (RuntimeError, ValueError) as error:
+        raise DamageError(f"does not decode as {codec} ({error})") from error
+    if size != out.size:
+        raise DamageError(f"decodes to {size} bytes, expected {out.size}")
+
+
 class ShardedArray:
-    """Reader of one array: ``pread`` of single items, every checksum checked. Safe to use from many threads.
+    """Reader of one array: every checksum is checked, what is absent is an error. Safe to use from many threads.
 
     Args:
         folder: The array's folder.
@@ -116,50 +149,77 @@ class ShardedArray:
         DamageError: The metadata is missing, or is not what ``ArrayWriter`` writes for its shape and codec.
     """
 
-    def __init__(self, folder: Path, codec: str) -> None:
+    def __init__(self, folder: Place, codec: str) -> None:
         self.folder, self.codec = folder, codec
         try:
             metadata = json.loads((folder / "zarr.json").read_bytes())
             self.shape: tuple[int, ...] = tuple(metadata["shape"])
             self._per_shard = int(metadata["chunk_grid"]["configuration"]["chunk_shape"][0])
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise DamageError(f"array metadata cannot be read ({error})", folder) from error
+            raise DamageError(f"array metadata cannot be read ({error})", str(folder)) from error
         if metadata != array_metadata(self.shape[0], self.shape[1:], codec, self._per_shard):
-            raise DamageError(f"array metadata is not that of a {codec} store", folder)
-        self._indexes: dict[int, np.ndarray] = {}
+            raise DamageError(f"array metadata is not that of a {codec} store", str(folder))
+        self._shards: dict[int, tuple[str, np.ndarray]] = {}
 
-    def _index(self, shard: int, descriptor: int) -> np.ndarray:
-        """Offsets and sizes of a shard's items, (items, 2), checked and remembered."""
-        known = self._indexes.get(shard)
+    def _shard(self, number: int, files: ByteRanges) -> tuple[str, np.ndarray]:
+        """A shard's path, and its items' offsets and sizes, (items, 2), checked and remembered."""
+        known = self._shards.get(number)
         if known is None:
+            path = str(self.folder / _shard_name(number, len(self.shape) - 1))
             length = self._per_shard * 16 + _CRC_BYTES
-            start = os.fstat(descriptor).st_size - length
-            data = os.pread(descriptor, length, start) if start >= 0 else b""
-            if len(data) != length or _crc32c(data[:-_CRC_BYTES]) != data[-_CRC_BYTES:]:
-                raise DamageError("shard index does not match its crc32c")
-            known = self._indexes[shard] = np.frombuffer(data[:-_CRC_BYTES], "<u8").reshape(-1, 2)
+            data = _as_array(files.tail(path, length))
+            if not _sound(data, length):
+                raise DamageError(f"{path}: shard index does not match its crc32c")
+            known = path, data[:-_CRC_BYTES].view("<u8").reshape(-1, 2)
+            self._shards[number] = known
         return known
 
-    def read_raw(self, row: int, opener: Callable[[Path], int]) -> bytes:
-        """Encoded bytes of one item, checked. ``opener`` gives a file descriptor for a shard's path.
+    def _run(self, rows: Sequence[int], files: ByteRanges) -> tuple[str, int, list[int]]:
+        """Where the first rows lie that one read can fetch: path, offset, and the size of each."""
+        number, slot = divmod(rows[0], self._per_shard)
+        path, index = self._shard(number, files)
+        start, size = index[slot].tolist()
+        if start == _ABSENT:
+            raise DamageError(f"{path}: is absent from its shard")
+        end, sizes = start + size, [size]
+        for row in rows[1:]:
+            if row >= (number + 1) * self._per_shard:
+                break
+            offset, size = index[row - number * self._per_shard].tolist()
+            if offset != end or end + size - start > _MOST_AT_ONCE:
+                break
+            end += size
+            sizes.append(size)
+        return path, start, sizes
+
+    def read(self, rows: Sequence[int], out: Sequence[np.ndarray], files: ByteRanges) -> None:
+        """Decode some items.
+
+        Args:
+            rows: Their numbers, ascending.
+            out: Where each of them goes: uint8, contiguous, of shape ``self.shape[1:]``.
+            files: Reads the bytes.
 
         Raises:
-            DamageError: The shard is missing or cut, the item is absent, or a checksum differs.
+            DamageError: A shard is missing or cut, an item is absent, or a checksum differs; it names the first tile.
         """
-        shard, slot = divmod(row, self._per_shard)
-        path = self.folder / _shard_name(shard, len(self.shape) - 1)
+        done, row = 0, -1
         try:
-            descriptor = opener(path)
-            offset, length = self._index(shard, descriptor)[slot]
-            if offset == _ABSENT:
-                raise DamageError("is absent from its shard")
-            data = os.pread(descriptor, int(length), int(offset))
+            while done < len(rows):
+                row = rows[done]
+                path, start, sizes = self._run(rows[done : done + MAX_SHARD_ITEMS], files)
+                data = _as_array(files.read(path, start, sum(sizes)))
+                end = 0
+                for size in sizes:
+                    row, begin, end = rows[done], end, end + size
+                    item = data[begin:end]
+                    if not _sound(item, size):
+                        raise DamageError(f"{path}: bytes do not match their crc32c")
+                    _decode_into(item[:-_CRC_BYTES], self.codec, out[done])
+                    done += 1
+        except DamageError as error:
+            raise DamageError(error.what, f"tile {row}") from error
         except FileNotFoundError as error:
-            raise DamageError("its shard is missing", path) from error
-        if len(data) != length or _crc32c(data[:-_CRC_BYTES]) != data[-_CRC_BYTES:]:
-            raise DamageError("bytes do not match their crc32c", path)
-        return data[:-_CRC_BYTES]
-
-    def read(self, row: int, opener: Callable[[Path], int]) -> np.ndarray:
-        """One decoded item, uint8, of shape ``self.shape[1:]``."""
-        return tile_codec.decode(self.read_raw(row, opener), self.codec, self.shape[1:])
+            raise DamageError(f"its shard is missing in {self.folder}", f"tile {row}") from error
+        except (OSError, OverflowError, MemoryError) as error:  # sizes of a forged index have no limit
+            raise DamageError(f"cannot be read in {self.folder} ({error})", f"tile {row}") from error

@@ -1,27 +1,33 @@
 """One source into one folder of the store: cut, encode, write, draw, seal, rename."""
 
+import shutil
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from tiling import atomic, codec, pictures
-from tiling.cut import DAMAGED, NOT_BRIGHTFIELD, Candidate, Plan, cut_image, cut_slide, plan_slide
+from tiling import atomic, claims, codec, pictures, stain
+from tiling.cut import DAMAGED, NOT_BRIGHTFIELD, Candidate, cut_slide, plan_slide
 from tiling.datasets import Source
 from tiling.errors import SlideError
-from tiling.index import ROWS, SLIDES, rows_table
-from tiling.labels import SCHEMES, UNLABELLED
+from tiling.imported import ImportedTiles
+from tiling.index import ROWS, SLIDES
+from tiling.labels import UNLABELLED
+from tiling.masks import open_mask
+from tiling.rows import Rows
 from tiling.settings import TileSettings
 from tiling.shard import ArrayWriter
 from tiling.slide import open_slide
 from tiling.store import MASK_CODEC, MASKS, TILES, WORK
 
 THUMBNAIL, SHEET = "thumbnail.jpg", "contact.jpg"
-_SHEET_KEPT, _SHEET_REJECTED_EACH = 32, 8
+MOST_DEATHS = 5
+_COLOUR_SAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -31,80 +37,107 @@ class Outcome:
     Args:
         slide_id: The slide.
         kept: Tiles stored.
-        reasons: Count per reason of rejection.
         bytes: Bytes of the encoded tiles.
         problem: Why it was left out, or what is damaged in it; "" when all is well.
         skipped: It was there already.
         written: A finished folder stands in the store.
+        held: Another job is writing it.
         remark: Something odd that loses nothing (a fluorescence slide, no tile kept).
     """
 
     slide_id: str
     kept: int = 0
-    reasons: dict[str, int] | None = None
     bytes: int = 0
     problem: str = ""
     skipped: bool = False
     written: bool = True
+    held: bool = False
     remark: str = ""
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What the folder of a source says about it, beside its tiles."""
+
+    facts: dict[str, Any]
+    coverage_names: tuple[str, ...] = ()
+    damage: str = ""
+    remark: str = ""
+
+
+@dataclass
+class _Even:
+    """An even sample of a stream of unknown length: when it is full, every second one goes, and twice as few come."""
+
+    most: int
+    items: list[Any] = field(default_factory=list)
+    _every: int = 1
+    _seen: int = 0
+
+    def wants_next(self) -> bool:
+        """Whether the next one belongs to the sample; call once for each."""
+        self._seen += 1
+        return (self._seen - 1) % self._every == 0
+
+    def add(self, item: Any) -> None:
+        """Take one that was wanted."""
+        self.items.append(item)
+        if len(self.items) == 2 * self.most:
+            self.items, self._every = self.items[::2], 2 * self._every
+
+
 class _SlideWriter:
-    """Collects the candidates of one source: arrays on disk, columns and sample tiles in memory."""
+    """Takes the candidates of one source: arrays go to disk, rows and sample tiles stay in memory."""
 
     def __init__(self, folder: Path, settings: TileSettings, most: int, with_masks: bool) -> None:
         shape = (settings.tile_px, settings.tile_px)
         self._settings = settings
         self._tiles = ArrayWriter(folder / TILES, most, (*shape, 3), settings.codec)
         self._masks = ArrayWriter(folder / MASKS, most, shape, MASK_CODEC) if with_masks else None
-        self.columns: dict[str, list[Any]] = {
-            name: []
-            for name in (
-                "image", "x", "y", "kept", "reason", "tissue_fraction", "empty", "edges", "texture", "label",
-                "split", "coverage",
-            )
-        }  # fmt: skip
-        self.sample: list[tuple[np.ndarray, int]] = []
-        self.rejected: dict[str, list[np.ndarray]] = {}
+        self.rows = Rows()
+        self.sheet = pictures.Sheet()
+        self._shown, self._colour = _Even(pictures.SHEET_KEPT), _Even(_COLOUR_SAMPLES)
         self.bytes = 0
-        self._every = 1
 
-    def add(self, candidate: Candidate, jpeg: codec.JpegSettings | None, split: str | None) -> None:
+    def add(self, candidate: Candidate, jpeg: codec.JpegSettings | None) -> None:
         """Store one candidate: its row always, its pixels when kept."""
-        kept = candidate.reason == ""
-        metrics = asdict(candidate.metrics) if candidate.metrics else dict.fromkeys(("empty", "edges", "texture"))
-        row = {
-            "image": candidate.image, "x": candidate.x, "y": candidate.y, "kept": kept, "reason": candidate.reason,
-            "tissue_fraction": candidate.tissue_fraction, "label": candidate.label, "split": split,
-            "coverage": candidate.coverage, **metrics,
-        }  # fmt: skip
-        for name, value in row.items():
-            self.columns[name].append(value)
-        if candidate.tile is None:
+        tile, mask = candidate.tile, candidate.mask
+        self.rows.add(candidate)
+        if tile is None:
             return
-        if not kept:
-            examples = self.rejected.setdefault(candidate.reason, [])
-            if len(examples) < _SHEET_REJECTED_EACH:
-                examples.append(candidate.tile)
+        if candidate.reason:
+            self.sheet.reject(tile, candidate.reason)
             return
-        data = codec.encode(candidate.tile, self._settings.codec, jpeg)
+        data = codec.encode(tile, self._settings.codec, jpeg)
         self.bytes += len(data)
-        if self._tiles.count % self._every == 0:
-            self.sample.append((candidate.tile, candidate.label))
-            if len(self.sample) == 2 * _SHEET_KEPT:  # half as many, twice as far apart: an even sample of any slide
-                self.sample, self._every = self.sample[::2], 2 * self._every
         self._tiles.append(data)
+        if self._shown.wants_next():
+            self._shown.add((pictures.small(tile), candidate.label))
+        if self._colour.wants_next():
+            self._colour.add(stain.tile_sample(tile))
         if self._masks is not None:
-            if candidate.mask is None:
+            if mask is None:
                 raise SlideError("kept tile without mask in a slide that has one")
-            self._masks.append(codec.encode(candidate.mask, MASK_CODEC, None))
+            self._masks.append(codec.encode(mask, MASK_CODEC, None))
 
-    def close(self, folder: Path, coverage_names: tuple[str, ...], facts: dict[str, Any]) -> None:
-        """Finish arrays and write the rows."""
+    def close(self, folder: Path, found: _Found, split: str | None, class_names: tuple[str, ...]) -> None:
+        """Finish arrays, write rows and contact sheet."""
         self._tiles.close()
         if self._masks is not None:
             self._masks.close()
-        pq.write_table(rows_table(self.columns, coverage_names, facts), folder / ROWS, compression="zstd")
+        reasons = Counter(self.rows.reasons)
+        samples = self._colour.items
+        brightfield = found.facts.get("brightfield", True)
+        colour = stain.slide_stains(np.concatenate(samples)) if samples and brightfield else None
+        counts = {
+            "candidates": reasons.total(), "kept": reasons.pop("", 0), "reasons": dict(sorted(reasons.items())),
+            "bytes": self.bytes, "remark": found.remark, "colour": colour.to_json() if colour else None,
+        }  # fmt: skip
+        table = self.rows.table(split, found.coverage_names, found.facts | counts)
+        pq.write_table(table, folder / ROWS, compression="zstd")
+        for tile, label in self._shown.items[:: max(1, len(self._shown.items) // pictures.SHEET_KEPT)]:
+            self.sheet.keep(tile, _caption(label, class_names))
+        (folder / SHEET).write_bytes(self.sheet.draw())
 
     def __enter__(self) -> "_SlideWriter":
         return self
@@ -113,13 +146,6 @@ class _SlideWriter:
         self._tiles.release()
         if self._masks is not None:
             self._masks.release()
-
-    def draw_sheet(self, folder: Path, class_names: tuple[str, ...]) -> None:
-        """Write the contact sheet."""
-        shown = np.linspace(0, len(self.sample) - 1, min(_SHEET_KEPT, len(self.sample))).round().astype(int)
-        kept = [(self.sample[number][0], _caption(self.sample[number][1], class_names)) for number in shown]
-        rejected = [(tile, reason) for reason, tiles in sorted(self.rejected.items()) for tile in tiles]
-        (folder / SHEET).write_bytes(pictures.contact_sheet(kept, rejected))
 
 
 def _caption(label: int, class_names: tuple[str, ...]) -> str:
@@ -131,28 +157,42 @@ def _caption(label: int, class_names: tuple[str, ...]) -> str:
 def write_source(store: Path, source: Source, settings: TileSettings, class_names: tuple[str, ...]) -> Outcome:
     """Tile one source into STORE/slides/<slide_id>; whole or not there at all.
 
-    A finished folder is left as it is; a broken one is renamed aside first.
+    A finished folder is left as it is; a broken one is set aside, redone, and then removed.
 
     Returns:
         The outcome; damage inside the slide is in ``problem``, listed per tile in its rows.
 
     Raises:
+        HeldError: Another job is writing this slide.
         BonyError: The slide cannot be tiled at all; nothing stands at its name.
     """
-    final = store / SLIDES / source.slide_id
-    if atomic.stands(final, store / WORK):
-        return Outcome(source.slide_id, skipped=True)
-    with atomic.building(final, store / WORK) as folder:
-        if source.image_labels is None:
-            writer, damage, remark = _write_slide(folder, source, settings)
-        else:
-            writer, damage, remark = _write_images(folder, source, settings)
-        writer.draw_sheet(folder, class_names)
-    reasons = Counter(reason for reason in writer.columns["reason"] if reason)
-    kept = sum(writer.columns["kept"])
-    if not kept and not remark:
-        remark = "no tile kept" if writer.columns["kept"] else "no tissue found"
-    return Outcome(source.slide_id, kept, dict(reasons), writer.bytes, damage, remark=remark)
+    final, work = store / SLIDES / source.slide_id, store / WORK
+    with claims.claimed(work, source.slide_id) as claim:
+        _sweep(work, source.slide_id, claim)
+        if final.exists() and not atomic.damaged_files(final):
+            return Outcome(source.slide_id, skipped=True)
+        aside = atomic.set_aside(final, work) if final.exists() else None
+        if len(claim.dead) >= MOST_DEATHS:
+            raise SlideError(f"{len(claim.dead)} processes that wrote it died (crash of a decoder, or out of memory?)")
+        with atomic.building(final, work, token=claim.token) as folder:
+            write = _write_slide if source.image_labels is None else _write_images
+            writer, found = write(folder, source, settings, class_names)
+            claim.require_held()
+        if aside is not None:
+            shutil.rmtree(aside)
+    kept = writer.rows.reasons.count("")
+    return Outcome(source.slide_id, kept, writer.bytes, found.damage, remark=found.remark)
+
+
+def give_up(store: Path, slide_id: str) -> None:
+    """Remove what dead writers of a slide have left."""
+    with claims.claimed(store / WORK, slide_id) as claim:
+        _sweep(store / WORK, slide_id, claim)
+
+
+def _sweep(work: Path, slide_id: str, claim: claims.Claim) -> None:
+    for token in claim.dead:
+        shutil.rmtree(work / f"{slide_id}.{token}", ignore_errors=True)
 
 
 def _facts(source: Source, **more: Any) -> dict[str, Any]:
@@ -166,52 +206,46 @@ def _facts(source: Source, **more: Any) -> dict[str, Any]:
     }
 
 
-def _write_slide(folder: Path, source: Source, settings: TileSettings) -> tuple[_SlideWriter, str, str]:
-    """A slide file: writer, damage, remark."""
-    path = source.images[0]
-    scheme = SCHEMES[source.provider] if source.provider else None
+def _write_slide(
+    folder: Path, source: Source, settings: TileSettings, class_names: tuple[str, ...]
+) -> tuple[_SlideWriter, _Found]:
+    """A slide file."""
     with ExitStack() as opened:
-        slide = opened.enter_context(open_slide(path, settings.slide_mpp))
+        slide = opened.enter_context(open_slide(source.images[0], settings.slide_mpp))
         plan = plan_slide(slide, settings)
-        mask = opened.enter_context(open_slide(source.mask)) if source.mask is not None else None
+        mask = open_mask(source, slide, plan.cut)
+        if mask is not None:
+            opened.callback(mask.close)
         writer = opened.enter_context(_SlideWriter(folder, settings, len(plan.corners), mask is not None))
         jpeg = None if plan.cut.resampled else slide.jpeg(plan.cut.level.index)
-        for candidate in cut_slide(slide, plan, settings, mask, scheme):
-            writer.add(candidate, jpeg, source.split)
-        damaged = writer.columns["reason"].count(DAMAGED)
+        for candidate in cut_slide(slide, plan, settings, mask, source.scheme):
+            writer.add(candidate, jpeg)
+        reasons = writer.rows.reasons
+        damaged = reasons.count(DAMAGED)
         facts = _facts(
             source, mpp=plan.cut.mpp, slide_mpp=slide.mpp, level=plan.cut.level.index, span=plan.cut.span,
             width=slide.levels[0].width, height=slide.levels[0].height, brightfield=plan.brightfield,
             damaged_tiles=damaged,
         )  # fmt: skip
-        writer.close(folder, scheme.values if scheme and mask is not None else (), facts)
-    (folder / THUMBNAIL).write_bytes(_thumbnail(plan, writer))
-    return writer, plan.damage(damaged), "" if plan.brightfield else NOT_BRIGHTFIELD
+        remark = "" if plan.brightfield else NOT_BRIGHTFIELD
+        remark = remark or ("" if "" in reasons else "no tile kept" if reasons else "no tissue found")
+        names = source.scheme.values if source.scheme and mask is not None else ()
+        found = _Found(facts, names, plan.damage(damaged), remark)
+        writer.close(folder, found, source.split, class_names)
+    (folder / THUMBNAIL).write_bytes(pictures.thumbnail(plan.overview, plan.cut, plan.corners, reasons))
+    return writer, found
 
 
-def _thumbnail(plan: Plan, writer: _SlideWriter) -> bytes:
-    return pictures.thumbnail(plan.overview, plan.cut, plan.corners, writer.columns["reason"])
-
-
-def _write_images(folder: Path, source: Source, settings: TileSettings) -> tuple[_SlideWriter, str, str]:
-    """The tile images of one slide: larger ones are cut, none is filtered."""
-    labels = source.image_labels or ()
-    broken: list[str] = []
-    mpp = 0.0
-    with _SlideWriter(folder, settings, len(source.images), with_masks=False) as writer:
-        for number, (path, label) in enumerate(zip(source.images, labels, strict=True)):
-            try:
-                with open_slide(path, settings.slide_mpp or settings.mpp) as image:
-                    cut, candidates = cut_image(image, settings, number, label)
-                    jpeg = None if cut.resampled else image.jpeg(0)
-            except SlideError as error:
-                broken.append(str(error))
-                continue
-            mpp = cut.mpp
-            for candidate in candidates:
-                writer.add(candidate, jpeg, source.split)
-        if not writer.columns["x"]:
-            smallest = f"images are smaller than {settings.tile_px} px" if not broken else broken[0]
-            raise SlideError(f"no tile can be cut: {smallest}", source.images[0])
-        writer.close(folder, (), _facts(source, mpp=mpp, images=len(source.images)))
-    return writer, "; ".join(broken), ""
+def _write_images(
+    folder: Path, source: Source, settings: TileSettings, class_names: tuple[str, ...]
+) -> tuple[_SlideWriter, _Found]:
+    """Images that others have chosen: larger ones are cut, none is filtered."""
+    scheme = source.scheme if source.image_masks is not None else None
+    tiles = ImportedTiles(source, settings)
+    with _SlideWriter(folder, settings, len(source.image_labels or ()), scheme is not None) as writer:
+        for candidate, jpeg in tiles:
+            writer.add(candidate, jpeg)
+        facts = _facts(source, mpp=tiles.mpp, images=len(source.image_labels or ()), fold=source.fold)
+        found = _Found(facts, scheme.values if scheme else (), tiles.damage())
+        writer.close(folder, found, source.split, class_names)
+    return writer, found

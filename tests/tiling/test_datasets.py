@@ -1,18 +1,16 @@
 import csv
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from random import Random
 
-import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipeline.cli import main
 from tiling import datasets
 from tiling.errors import UsageError
-from tiling.labels import GLEASON_CLASSES
-from tiling.run import tile
-from tiling.settings import TileSettings
-from tiling.store import TileStore
+from tiling.labels import GLEASON_ANNOTATIONS, GLEASON_CLASSES, SCHEMES, Scheme
 
 
 def table_of(path: Path) -> list[dict[str, str]]:
@@ -29,14 +27,6 @@ def replace(root: Path, old: str, new: str) -> None:
     write_csv(root, text.replace(old, new, 1))
 
 
-def image(path: Path, width: int = 256, height: int = 256, seed: int = 0) -> np.ndarray:
-    """A noisy picture on disk; returns its pixels as written (PNG) or as they were (JPEG)."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return pixels
-
-
 # PANDA's layout
 
 
@@ -49,6 +39,7 @@ def test_panda(cohort: Path) -> None:
     for row in listed:
         (source,) = (source for source in found.sources if source.slide_id == row["image_id"])
         assert source.provider == row["data_provider"]
+        assert source.scheme == SCHEMES[row["data_provider"]]
         assert source.isup_grade == int(row["isup_grade"])
         assert source.images[0].is_file()
         assert source.mask is not None
@@ -155,129 +146,125 @@ def test_slides_that_are_none(tmp_path: Path) -> None:
         datasets.slides([tmp_path / "gone"])
 
 
-def test_two_slides_of_one_name(tmp_path: Path) -> None:
-    for name in ("a/slide.tiff", "b/slide.svs"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_bytes(b"")
-    with pytest.raises(UsageError, match=r"slide id 'slide' stands for both .*a/slide.tiff and .*b/slide.svs"):
+def touched(root: Path, *names: str) -> list[Path]:
+    """Empty files."""
+    paths = [root / name for name in names]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return paths
+
+
+def ids_of(found: datasets.Dataset, root: Path) -> dict[str, str]:
+    """File -> slide id."""
+    return {source.images[0].relative_to(root).as_posix(): source.slide_id for source in found.sources}
+
+
+def test_slides_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    touched(tmp_path, "a/slide.tiff", "b/slide.svs", "b/other.svs", "case/x/he.svs", "twin/x/he.svs")
+    assert ids_of(datasets.slides([tmp_path]), tmp_path) == {
+        "a/slide.tiff": "a_slide", "b/slide.svs": "b_slide", "b/other.svs": "other",
+        "case/x/he.svs": "case_x_he", "twin/x/he.svs": "twin_x_he",
+    }  # fmt: skip
+
+
+def test_slides_of_one_name_in_one_folder_keep_their_suffixes(tmp_path: Path) -> None:
+    touched(tmp_path, "a/slide.tiff", "a/slide.svs", "b/slide.svs")
+    assert ids_of(datasets.slides([tmp_path]), tmp_path) == {
+        "a/slide.tiff": "slide.tiff", "a/slide.svs": "slide.svs", "b/slide.svs": "slide",
+    }  # fmt: skip
+
+
+def test_a_folder_joined_to_a_name_that_another_slide_has(tmp_path: Path) -> None:
+    touched(tmp_path, "a/s.svs", "b/s.svs", "c/a_s.svs")
+    ids = ids_of(datasets.slides([tmp_path]), tmp_path)
+    assert ids == {"a/s.svs": f"{tmp_path.name}_a_s", "b/s.svs": "b_s", "c/a_s.svs": "c_a_s"}
+
+
+FOLDERS = st.lists(st.sampled_from(["a", "b", "s"]), max_size=3).map(tuple)
+NAMES = st.sampled_from(["s.svs", "s.tiff", "t#.svs", "t.svs"])
+
+
+@given(st.sets(st.tuples(FOLDERS, NAMES), min_size=1, max_size=12), st.randoms())
+def test_slide_ids_are_unique_whatever_the_order(places: set[tuple[tuple[str, ...], str]], random: Random) -> None:
+    files = [Path("/root", *folders, name) for folders, name in sorted(places)]
+    ids = datasets.slide_ids(files)
+    assert len(set(ids.values())) == len(files)
+    assert datasets.slide_ids(random.sample(files, len(files))) == ids
+    assert all(datasets.safe_id(slide_id) == slide_id for slide_id in ids.values())
+    stems = Counter(datasets.safe_id(file.stem) for file in files)
+    alone = [file for file in files if stems[datasets.safe_id(file.stem)] == 1]
+    assert all(ids[file] == datasets.safe_id(file.stem) for file in alone)
+
+
+def test_names_that_nothing_tells_apart(tmp_path: Path) -> None:
+    touched(tmp_path, "a b/s.svs", "a#b/s.svs")
+    with pytest.raises(UsageError, match=r"slide id '.*a_b_s' stands for both .*; rename one of the files"):
         datasets.slides([tmp_path])
 
 
-# Folders of tiles
+# Annotations of slides
 
 
-@pytest.fixture
-def folders(tmp_path: Path) -> Path:
-    root = tmp_path / "tiles"
-    for number, (kind, name) in enumerate([("stroma", "s1_0"), ("stroma", "s2_0"), ("tumour", "s1_1")]):
-        image(root / kind / f"{name}.png", 224, 224, seed=number)
-    (root / "tumour" / "notes.txt").write_text("no image")
-    return root
+def of_slides(found: datasets.Dataset, root: Path) -> dict[str, str | None]:
+    """Slide id -> its annotations."""
+    return {
+        source.slide_id: source.mask.relative_to(root).as_posix() if source.mask else None for source in found.sources
+    }
 
 
-def test_tiles_by_pattern(folders: Path) -> None:
-    found = datasets.tile_folders(folders, slide_pattern=r"(s\d+)_")
-    assert found.class_names == ("stroma", "tumour")
-    assert [(source.slide_id, source.image_labels) for source in found.sources] == [("s1", (0, 1)), ("s2", (0,))]
-    assert found.remarks == ("3 images of 2 slides in 2 classes",)
-    whole = datasets.tile_folders(folders, slide_pattern=r"s\d")
-    assert [source.slide_id for source in whole.sources] == ["s1", "s2"]
+def test_annotations_in_a_folder(tmp_path: Path) -> None:
+    slides = touched(tmp_path, "in/a.svs", "in/b.tiff", "in/c.svs", "in/d.svs")
+    touched(tmp_path, "drawn/a.geojson", "drawn/b.xml", "drawn/d_mask.json", "drawn/other.geojson", "drawn/c.txt")
+    found = datasets.slides(slides, tmp_path / "drawn")
+    assert of_slides(found, tmp_path) == {
+        "a": "drawn/a.geojson",
+        "b": "drawn/b.xml",
+        "c": None,
+        "d": "drawn/d_mask.json",
+    }
+    assert found.remarks == (f"3 of 4 slides have annotations or a mask in {tmp_path / 'drawn'}",)
+    assert found.class_names == GLEASON_CLASSES
+    assert {source.scheme for source in found.sources} == {GLEASON_ANNOTATIONS}
 
 
-@pytest.mark.parametrize("prefix", ["", "tiles/"])
-def test_tiles_by_csv(prefix: str, folders: Path) -> None:
-    table = folders.parent / "list.csv"
-    table.write_text(f"path,patient\n{prefix}stroma/s1_0.png,A\n{prefix}stroma/s2_0.png,A\n{prefix}tumour/s1_1.png,B\n")
-    found = datasets.tile_folders(folders, table, "patient")
-    assert [(source.slide_id, source.image_labels) for source in found.sources] == [("A", (0, 0)), ("B", (1,))]
-    table.write_text(f"path,patient\n{prefix}stroma/s1_0.png,A\n")
-    with pytest.raises(UsageError, match=r"list\.csv: image stroma/s2_0\.png has no row; its path column"):
-        datasets.tile_folders(folders, table, "patient")
-    with pytest.raises(UsageError, match=r"list\.csv: column 'slide_id' is missing; it has path, patient"):
-        datasets.tile_folders(folders, table)
-    with pytest.raises(UsageError, match=r"gone\.csv: no such file"):
-        datasets.tile_folders(folders, folders / "gone.csv")
+def test_masks_beside_the_slides_are_no_slides(tmp_path: Path) -> None:
+    touched(tmp_path, "a.svs", "a_mask.png", "b.tiff", "b_mask.tif", "c.png", "c.geojson")
+    binary = Scheme(("no", "yes"), (0, 1), ("no", "yes"), {0: 0, 1: 1}, {"yes": 1})
+    found = datasets.slides([tmp_path], tmp_path, binary)
+    assert of_slides(found, tmp_path) == {"a": "a_mask.png", "b": "b_mask.tif", "c": "c.geojson"}
+    assert found.class_names == ("no", "yes")
 
 
-def test_tiles_without_their_slides(folders: Path) -> None:
-    with pytest.raises(UsageError, match="tiles must be told apart by slide; give --slides-csv FILE"):
-        datasets.tile_folders(folders)
-    with pytest.raises(UsageError, match=r"s1_0\.png: name does not match --slide-pattern 'x'"):
-        datasets.tile_folders(folders, slide_pattern="x")
-    with pytest.raises(UsageError, match=r"--slide-pattern '\(' is no regular expression"):
-        datasets.tile_folders(folders, slide_pattern="(")
+def test_masks_without_a_class_map(tmp_path: Path) -> None:
+    touched(tmp_path, "a.svs", "a_mask.png")
+    with pytest.raises(
+        UsageError, match=r"a_mask\.png: what a mask's values mean is not known; give it with --class-map"
+    ):
+        datasets.slides([tmp_path], tmp_path)
 
 
-def test_folders_without_images(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no class folders with images; expected ROOT/CLASS/image\.png"):
-        datasets.tile_folders(tmp_path, slide_pattern=".+")
+def test_annotations_that_are_not_clear(tmp_path: Path) -> None:
+    slides = touched(tmp_path, "in/a.svs")
+    touched(tmp_path, "drawn/a.geojson", "drawn/a.xml")
+    with pytest.raises(UsageError, match=r"a\.svs: slide has two annotations, .*a\.geojson and .*a\.xml; leave one"):
+        datasets.slides(slides, tmp_path / "drawn")
     with pytest.raises(UsageError, match="gone: no such folder"):
-        datasets.tile_folders(tmp_path / "gone", slide_pattern=".+")
+        datasets.slides(slides, tmp_path / "gone")
 
 
-def test_larger_images_are_cut_on_the_16_px_grid(tmp_path: Path) -> None:
-    sizes = {"a_0": (256, 300), "a_1": (224, 224), "a_2": (512, 700), "b_0": (460, 230)}
-    pixels = {
-        name: image(tmp_path / "tiles" / "x" / f"{name}.png", *size, seed=number)
-        for number, (name, size) in enumerate(sizes.items())
-    }
-    found = datasets.tile_folders(tmp_path / "tiles", slide_pattern=r"(\w)_")
-    tile(found, tmp_path / "store", TileSettings(codec="zstd", thresholds=None))
-    with TileStore(tmp_path / "store") as store:
-        rows = store.index.to_pylist()
-        for number, row in enumerate(rows):
-            name = f"{row['slide_id']}_{row['image']}"
-            x, y = row["x"], row["y"]
-            assert np.array_equal(store.read(np.array([number]))[0], pixels[name][y : y + 224, x : x + 224])
-    places = {}
-    for row in rows:
-        places.setdefault(f"{row['slide_id']}_{row['image']}", []).append((row["x"], row["y"]))
-    assert places == {
-        "a_0": [(16, 32)],
-        "a_1": [(0, 0)],
-        "a_2": [(32, 0), (256, 0), (32, 224), (256, 224), (32, 448), (256, 448)],
-        "b_0": [(0, 0), (224, 0)],
-    }
+def test_annotations_of_slides_that_share_a_name(tmp_path: Path) -> None:
+    slides = touched(tmp_path, "in/c1/he.svs", "in/c2/he.svs")
+    touched(tmp_path, "drawn/c1/he.geojson", "drawn/c2/he.geojson")
+    found = datasets.slides(slides, tmp_path / "drawn")
+    assert of_slides(found, tmp_path) == {"c1_he": "drawn/c1/he.geojson", "c2_he": "drawn/c2/he.geojson"}
+    (tmp_path / "drawn" / "c2" / "he.geojson").unlink()
+    with pytest.raises(UsageError, match=r"he\.geojson: annotations fit two slides, .*c1.* and .*c2"):
+        datasets.slides(slides, tmp_path / "drawn")
 
 
-def test_a_broken_image_among_tiles(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = folders / "stroma" / "s1_0.png"
-    path.write_bytes(path.read_bytes()[:5000])
-    words = ["tile", "--dataset", "tiles", "--root", str(folders), "--slide-pattern", r"(s\d)_"]
-    assert main([*words, "--out", str(tmp_path / "store")]) == 3
-    quarantine = (tmp_path / "store" / "quarantine.jsonl").read_text()
-    assert "s1_0.png: image does not decode" in quarantine
-    with TileStore(tmp_path / "store") as store:
-        found = [(row["slide_id"], row["image"], row["label"]) for row in store.index.to_pylist()]
-    assert found == [("s1", 1, 1), ("s2", 0, 0)]
-    assert "s1: " in capsys.readouterr().err
-
-
-def test_images_smaller_than_a_tile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    image(tmp_path / "tiles" / "x" / "a.png", 223, 400)
-    words = ["tile", "--dataset", "tiles", "--root", str(tmp_path / "tiles"), "--slide-pattern", ".+"]
-    assert main([*words, "--out", str(tmp_path / "store")]) == 1
-    assert "no tile can be cut: images are smaller than 224 px" in capsys.readouterr().err
-    assert not (tmp_path / "store").exists()
-
-
-def test_panda_gleason_tiles(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = shared_data / "panda_gleason_tiles"
-    words = ["tile", "--dataset", "tiles", "--root", str(root / "tiles"), "--slides-csv", str(root / "manifest.csv")]
-    assert main([*words, "--out", str(tmp_path / "store")]) == 0
-    assert "105 slides (0 were there already), 994 new tiles" in capsys.readouterr().out
-    of_slide: dict[str, list[tuple[str, int]]] = {}
-    for row in table_of(root / "manifest.csv"):
-        of_slide.setdefault(row["slide_id"], []).append((row["path"], int(row["label"])))
-    with TileStore(tmp_path / "store", threads=2) as store:
-        assert (len(store), len(store.slide_ids)) == (994, 105)
-        assert store.description.class_names == ("0", "1", "2", "3")
-        pixels = store.read(np.arange(len(store)))
-        for number, row in enumerate(store.index.to_pylist()):
-            path, label = sorted(of_slide[row["slide_id"]])[row["image"]]
-            assert row["label"] == label
-            assert (row["x"], row["y"]) == (16, 16)
-            if number % 30 == 0:
-                source = np.asarray(Image.open(root / path))[16:240, 16:240].astype(float)
-                assert 10 * np.log10(255**2 / np.mean((pixels[number] - source) ** 2)) > 40
-    assert Counter(store.labels().tolist()) == Counter(label for rows in of_slide.values() for _, label in rows)
+def test_sources_are_small_on_the_wire(cohort: Path) -> None:
+    for source in datasets.panda(cohort).sources:
+        data = ForkingPickler.dumps(source)
+        assert len(data) < 3000
+        assert ForkingPickler.loads(data) == source

@@ -45,6 +45,8 @@ def test_span_of_nothing() -> None:
 def test_level0_corners_are_rounded() -> None:
     level = Level(1, 100, 100, 4.003)
     assert to_level0(np.array([[0, 224], [448, 0]]), level).tolist() == [[0, 897], [1793, 0]]
+    crooked = Level(1, 100, 100, 4.003, (4.0, 4.006))
+    assert to_level0(np.array([[448, 448]]), crooked).tolist() == [[1792, 1795]]
 
 
 @given(

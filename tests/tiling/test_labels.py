@@ -1,10 +1,21 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiling.errors import MaskError
-from tiling.labels import GLEASON_CLASSES, SCHEMES, UNLABELLED, coverage, label
+from tiling.errors import MaskError, UsageError
+from tiling.labels import (
+    GLEASON_ANNOTATIONS,
+    GLEASON_CLASSES,
+    SCHEMES,
+    UNLABELLED,
+    Scheme,
+    coverage,
+    label,
+    read_class_map,
+)
 
 RADBOUD, KAROLINSKA = SCHEMES["radboud"], SCHEMES["karolinska"]
 
@@ -76,11 +87,121 @@ def test_label_is_the_highest_class_that_covers_enough(weights: list[float], lea
     assert label(shares, RADBOUD, least) == (max(enough) if enough else UNLABELLED)
 
 
+@pytest.mark.parametrize("provider", ["radboud", "karolinska"])
+def test_providers_store_their_own_values(provider: str) -> None:
+    scheme = SCHEMES[provider]
+    mask = np.arange(len(scheme.values), dtype=np.uint8)[None]
+    assert np.array_equal(scheme.stored(mask), mask)
+    assert not scheme.names
+
+
 @pytest.mark.parametrize(("provider", "value", "most"), [("radboud", 6, 5), ("karolinska", 3, 2), ("radboud", 255, 5)])
 def test_unknown_value(provider: str, value: int, most: int) -> None:
     mask = np.zeros((10, 10), np.uint8)
     mask[3, 3] = value
     with pytest.raises(MaskError) as raised:
-        coverage(mask, SCHEMES[provider])
+        SCHEMES[provider].stored(mask)
     text = f"mask holds value {value}, known are 0 to {most} ({', '.join(SCHEMES[provider].values)})"
     assert str(raised.value) == f"{text}; check data_provider in train.csv"
+
+
+# Class maps
+
+CLASS_MAP = """
+classes: [background, healthy, gleason3]
+values: {0: background, 1: healthy, 7: gleason3, 9: null, Gleason 3: gleason3, "Ignore*": null}
+"""
+
+
+@pytest.fixture
+def scheme(tmp_path: Path) -> Scheme:
+    (tmp_path / "map.yaml").write_text(CLASS_MAP)
+    return read_class_map(tmp_path / "map.yaml")
+
+
+def test_a_class_map(scheme: Scheme, tmp_path: Path) -> None:
+    assert scheme.class_names == scheme.values == ("background", "healthy", "gleason3")
+    assert scheme.stored(np.array([[0, 1, 7, 9]], np.uint8)).tolist() == [[0, 1, 2, 0]]
+    assert scheme.stored_of_class(["GLEASON_3"]) == 2
+    assert scheme.stored_of_class(["ignore*"]) is None
+    assert scheme.stored_of_class([]) is None
+    (tmp_path / "map.json").write_text(
+        '{"classes": ["background", "healthy", "gleason3"], "values": {"0": "background", "1": "healthy", '
+        '"7": "gleason3", "9": null, "Gleason 3": "gleason3", "Ignore*": null}}'
+    )
+    assert read_class_map(tmp_path / "map.json") == scheme
+
+
+def test_labels_of_a_class_map(scheme: Scheme) -> None:
+    shares = coverage(scheme.stored(np.array([[0, 1, 7, 7]], np.uint8)), scheme)
+    assert shares.tolist() == [0.25, 0.25, 0.5]
+    assert label(shares, scheme, 0.3) == 2
+    assert label(shares, scheme, 0.6) == UNLABELLED
+
+
+def test_what_a_class_map_does_not_know(scheme: Scheme) -> None:
+    with pytest.raises(MaskError) as raised:
+        scheme.stored(np.array([[0, 8]], np.uint8))
+    assert str(raised.value) == (
+        "mask holds value 8, known are 0, 1, 7, 9 (background, healthy, gleason3, background); "
+        "add it to the file of --class-map"
+    )
+    with pytest.raises(
+        MaskError, match=r"annotation class 'Tumor: x', known are 0, 1, 7, 9, gleason3, ignore\*; add it"
+    ):
+        scheme.stored_of_class(["Tumor: x", "Tumor"])
+    with pytest.raises(MaskError, match="mask holds value 1, known are none"):
+        GLEASON_ANNOTATIONS.stored(np.ones((1, 1), np.uint8))
+
+
+def test_the_most_special_class_counts(scheme: Scheme) -> None:
+    assert scheme.stored_of_class(["healthy: gleason 3", "gleason 3"]) == 2
+    assert scheme.stored_of_class(["7", "gleason 3"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[1, 2]", "not a class map; it holds {classes:"),
+        ("classes: [a, b]", "not a class map"),
+        ("{classes: [a, b], values: {}}", "not a class map"),
+        ("{classes: [a], values: {0: a}}", "1 classes, 2 to 254 are possible"),
+        ("{classes: [a, a], values: {0: a}}", "classes must be names, none of them twice"),
+        ("{classes: [a, 5], values: {0: a}}", "classes must be names"),
+        ("{classes: [a, b], values: {0: c}}", "'0' stands for class 'c', classes are a, b"),
+        ("{classes: [a, b], values: {0: [a]}}", r"'0' stands for class \['a'\], classes are a, b"),
+        ("{classes: [a, b], values: {256: b}}", "mask value 256, must lie in 0 to 255"),
+        ("{classes: [a, b], values: {G 3: a, g_3: b}}", "two annotation classes differ only in case or separators"),
+        ("{classes: [a, b", "class map cannot be read"),
+    ],
+)
+def test_class_maps_that_are_none(text: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "map.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=rf"map\.yaml: {complaint}"):
+        read_class_map(path)
+    with pytest.raises(UsageError, match=r"gone\.yaml: class map cannot be read"):
+        read_class_map(tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name"),
+    [("Gleason 3", "gleason3"), ("G4", "gleason4"), ("gleason pattern 5", "gleason5"), ("GP3", "gleason3"),
+     ("Benign", "healthy"), ("Stroma", "healthy"), ("Exclusion", "background")],
+)  # fmt: skip
+def test_gleason_annotations_without_a_class_map(name: str, class_name: str) -> None:
+    number = GLEASON_ANNOTATIONS.stored_of_class([name])
+    assert number is not None
+    assert GLEASON_CLASSES[number] == class_name
+
+
+def test_tumour_without_a_grade_needs_a_class_map() -> None:
+    with pytest.raises(MaskError, match=r"annotation class 'Tumor', known are .*; map it with --class-map"):
+        GLEASON_ANNOTATIONS.stored_of_class(["Tumor"])
+
+
+@given(st.sets(st.integers(0, 255), min_size=1, max_size=5), st.integers(0, 255))
+def test_lossy_masks_count_as_the_nearest_known_value(known: set[int], value: int) -> None:
+    scheme = Scheme(("a",) * len(known), None, pixels={pixel: place for place, pixel in enumerate(sorted(known))})
+    (found,) = scheme.stored(np.array([[value]], np.uint8), lossy=True)[0]
+    assert abs(sorted(known)[found] - value) == min(abs(pixel - value) for pixel in known)

@@ -89,7 +89,7 @@ def test_box_outside_the_level(x: int, y: int) -> None:
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize(("wide", "high"), [(64, 64), (208, 8), (208, 25), (208, 160), (48, 16)])
+@pytest.mark.parametrize(("wide", "high"), [(64, 64), (208, 8), (208, 25), (208, 160), (48, 16), (30, 20)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_shrink_is_the_area_mean(factor: int, wide: int, high: int, padded: bool) -> None:
     width, height = 208, 160
@@ -100,7 +100,7 @@ def test_shrink_is_the_area_mean(factor: int, wide: int, high: int, padded: bool
     assert not unknown.any()
 
 
-@pytest.mark.parametrize(("wide", "high"), [(64, 64), (203, 8), (203, 157)])
+@pytest.mark.parametrize(("wide", "high"), [(64, 64), (203, 8), (203, 157), (30, 30)])
 def test_shrink_of_odd_sizes_covers_everything(wide: int, high: int) -> None:
     grid = SegmentGrid(203, 157, wide, high)
     small, _ = shrink(grid, decoder(np.full((157, 203, 3), 9, np.uint8), grid)[0], 8)

@@ -1,5 +1,4 @@
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiling import codec
+from tiling.byte_ranges import LocalRanges
 from tiling.errors import DamageError
 from tiling.shard import MAX_SHARD_ITEMS, ArrayWriter, ShardedArray
 
@@ -22,19 +22,10 @@ def write(folder: Path, items: np.ndarray, most: int, name: str = "zstd") -> Non
 
 
 def read_all(folder: Path, name: str = "zstd") -> np.ndarray:
-    array = ShardedArray(folder, name)
+    array, files = ShardedArray(folder, name), LocalRanges()
     out = np.empty(array.shape, np.uint8)
-    opened: list[int] = []
-
-    def opener(path: Path) -> int:
-        opened.append(os.open(path, os.O_RDONLY))
-        return opened[-1]
-
-    for row in range(array.shape[0]):
-        try:
-            out[row] = array.read(row, opener)
-        finally:
-            os.close(opened.pop())
+    array.read(range(array.shape[0]), list(out), files)
+    files.close()
     return out
 
 

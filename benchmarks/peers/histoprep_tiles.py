@@ -1,0 +1,32 @@
+"""HistoPrep: SLIDE to OUT as JPEG files. Runs in HistoPrep's own environment; prints one line of JSON.
+
+Tissue by HistoPrep's Otsu, tiles of 224 px with at most half background, quality 95, no worker processes, no metrics.
+"""
+
+import json
+import resource
+import sys
+from importlib.metadata import version
+
+import cv2
+from histoprep import SlideReader
+
+cv2.setNumThreads(1)
+
+
+def cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def main(slide: str, out: str) -> None:
+    start = cpu_seconds()
+    reader = SlideReader(slide)
+    _, tissue = reader.get_tissue_mask()
+    tiles = reader.get_tile_coordinates(tissue, width=224, max_background=0.5, out_of_bounds=False)
+    rows = reader.save_regions(out, tiles, quality=95, num_workers=1, verbose=False)
+    print(json.dumps({"tiles": len(rows), "cpu_s": cpu_seconds() - start, "version": version("histoprep")}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,116 @@
+"""That the tiling benchmarks run and report: no figure is judged here, machines differ."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tiling import codec
+from tiling.slide import open_slide
+from tiling.tissue import tissue_mask
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for made slides: both scripts use the same."""
+    return tmp_path_factory.mktemp("bench")
+
+
+def run(script: str, *options: str) -> dict[str, Any]:
+    command = [sys.executable, "-W", "error", str(ROOT / "benchmarks" / script), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+def test_tiling_reports_rates_steps_and_fidelity(work: Path) -> None:
+    report = run("tiling.py", "--quick", "--work", str(work), "--peers-dir", str(work / "none"))
+    made = report["made 4,096 px"]
+    # The same places, filters and pixels: whoever kept another number of tiles did other work.
+    assert len(set(made["tiles"].values())) == 1
+    assert made["tiles"]["Bony"] > 50
+    assert set(made["tiles_per_cpu_s"]) == set(made["tiles"])
+    rates = made["tiles_per_cpu_s"]
+    assert rates["decode once (ceiling)"] > rates["decode once + encode (floor)"] > rates["OpenSlide + zarr"]
+    assert made["of_floor"] == pytest.approx(rates["Bony"] / rates["decode once + encode (floor)"], rel=0.01)
+    steps = made["steps_us_per_tile"]
+    assert all(steps[name] > 0 for name in ("decode", "filter", "encode", "write, crc32c", "pictures", "the rest"))
+    assert made["fidelity"]["psnr_db"] >= report["targets"]["psnr_db"]
+    assert not any(path.is_dir() and not path.name.startswith("bony-kept") for path in work.iterdir())
+
+
+def test_memory_reports_the_peak_of_a_worker(work: Path) -> None:
+    report = run("tiling_memory.py", "--quick", "--work", str(work))
+    runs = [value for name, value in report.items() if " px" in name]
+    assert len(runs) == 3
+    assert all(50 < one["peak_mb"] < 1000 for one in runs)
+    assert all(one["tiles"] > 0 for one in runs)
+    assert report["within_limit"] is True
+
+
+def test_made_slide_is_a_pyramid_with_tissue_that_its_pattern_decides(tmp_path: Path) -> None:
+    from benchmarks.made_slide import make_pattern, write_slide
+
+    pattern = make_pattern(4096)
+    np.testing.assert_array_equal(make_pattern(4096), pattern)
+    path = tmp_path / "made.tiff"
+    write_slide(path, 5000, pattern)
+    with open_slide(path) as slide:
+        assert [(level.width, level.height) for level in slide.levels] == [(5000, 5000), (1250, 1250), (312, 312)]
+        assert slide.mpp == pytest.approx(0.5)
+        settings = slide.jpeg(0)
+        assert settings is not None
+        assert (settings.subsampling, settings.rgb) == ("4:2:0", False)
+        segment = slide.read_segment(0, 0)
+        assert np.abs(segment.astype(int) - pattern[:512, :512]).mean() < 4
+        # The ninth segment of a row starts the pattern again.
+        np.testing.assert_array_equal(slide.read_segment(0, 8), segment)
+        overview, _ = slide.overview()
+        assert 0.3 < tissue_mask(overview).mean() < 0.5
+
+
+def burn(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_steps_count_a_nested_call_for_itself_alone_and_inside_a_whole_step_for_that_step() -> None:
+    from benchmarks.steps import WHOLE, Clock
+
+    clock = Clock()
+    inner = clock.wrap("decode", lambda: burn(0.04))
+    cut = clock.wrap("cut", lambda: (burn(0.02), inner(), burn(0.02)))
+    whole = clock.wrap(WHOLE[0], lambda: (burn(0.02), inner()))
+    cut()
+    assert clock.seconds == pytest.approx({"cut": 0.04, "decode": 0.04}, abs=0.01)
+    whole()
+    assert clock.seconds == pytest.approx({"cut": 0.04, "decode": 0.04, WHOLE[0]: 0.06}, abs=0.01)
+
+
+def test_steps_leave_no_trace_and_say_when_a_name_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import steps
+
+    encode = codec.encode
+    with steps.timed_steps() as seconds:
+        assert codec.encode is not encode
+        codec.encode(np.zeros((224, 224, 3), np.uint8), "zstd", None)
+    assert codec.encode is encode
+    assert set(seconds) == {"encode"}
+    monkeypatch.setitem(steps.STEPS, "pictures", ["tiling.pictures:no_such_name"])
+    with pytest.raises(LookupError, match=r"tiling\.pictures:no_such_name is gone"), steps.timed_steps():
+        pass
+    assert codec.encode is encode
