@@ -18,8 +18,8 @@ from pipeline.report.write import write_report
 from pipeline.runtime import one_device
 from tiling import audit, datasets, phantom
 from tiling import run as tiling_run
-from tiling.drivers import processes
 from tiling.datasets import Dataset
+from tiling.drivers import processes
 from tiling.errors import BonyError, UsageError
 from tiling.progress import progress, say
 from tiling.settings import TileSettings

@@ -95,10 +95,10 @@ def _encode(
 
 def _describe(encoder: FrozenEncoder, store: TileStore, device: torch.device, any_mpp: bool) -> FeatureDescription:
     apart = abs(store.mpp / encoder.mpp - 1)
-    if apart > MPP_TOLERANCE and not any_mpp:
+    if not apart <= MPP_TOLERANCE and not any_mpp:  # the scale of some tiles is not known: nan
         raise FeatureError(
             f"tiles have {store.mpp:.3g} um/px, the encoder was trained at {encoder.mpp:.3g}",
-            store.path,
+            str(store.path),
             f"tile again with --mpp {encoder.mpp:.3g}, or accept it with --any-mpp",
         )
     px = store.tile_px

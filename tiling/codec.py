@@ -185,7 +185,7 @@ def _markers(stream: bytes, first: int) -> list[int]:
 @cache
 def _standard_tables(quality: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Luma and chroma tables that libjpeg makes for a quality: ITU T.81's Annex K, scaled."""
-    base = jpeg_settings(imagecodecs.jpeg8_encode(np.zeros((8, 8, 3), np.uint8), level=50))
+    base = jpeg_settings(bytes(imagecodecs.jpeg8_encode(np.zeros((8, 8, 3), np.uint8), level=50)))
     if base is None:
         raise AssertionError("a JPEG of our own cannot be read")
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality

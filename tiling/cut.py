@@ -1,7 +1,7 @@
 """One slide to tiles: tissue mask, grid, decode once, filters, labels. No output here: candidates are yielded."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import cv2
@@ -22,8 +22,9 @@ NOT_BRIGHTFIELD = "does not look like bright-field: dark background"
 LARGEST_HOLE_UM2 = 30_000.0
 # Compressed bytes per pixel up to which a segment shows nothing: a JPEG of one colour, 4:2:0, has 0.016 of them.
 FLAT_BYTES = 0.02
-# Source pixels of one row of tiles are cut and measured together, up to this many bytes of them.
-_STRIP_BYTES = 1 << 22
+# So many bytes of source pixels are cut and measured together: enough to share the cost of a call, few enough to stay
+# in the processor's cache.
+_BATCH_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,26 +134,24 @@ def cut_slide(
     reader = row_reader(slide, cut.level)
     known = _judged_unseen(slide, plan, settings.thresholds)
     level0 = to_level0(plan.corners, cut.level)
-    for strip in _strips(plan):
-        reasons = known[strip]
+    for batch in _batches(plan, known):
+        reasons = known[batch]
         seen = [n for n, reason in enumerate(reasons) if not reason]
-        tiles, metrics = _decoded(reader, plan, strip, seen, reasons, settings.thresholds)
-        shown = iter(zip(metrics, tiles, strict=True))
-        decoded = set(seen)
-        places = zip(level0[strip].tolist(), plan.corners[strip].tolist(), plan.tissue_fraction[strip].tolist(), strict=True)
-        for n, ((x0, y0), (x, y), share) in enumerate(places):
-            pixels = next(shown) if n in decoded else (None, None)
-            reason = reasons[n]
-            if reason == DAMAGED:
+        tiles, metrics = _decoded(reader, plan, batch, seen, reasons, settings.thresholds)
+        place_of = {n: place for place, n in enumerate(seen)}
+        columns = (array[batch].tolist() for array in (level0, plan.corners, plan.tissue_fraction))
+        for n, ((x0, y0), (x, y), share) in enumerate(zip(*columns, strict=True)):
+            place, reason, labelled = place_of.get(n), reasons[n], None
+            if place is None or reason == DAMAGED:
                 yield Candidate(x0, y0, share, reason)
-            elif reason or mask is None or scheme is None:
-                yield Candidate(x0, y0, share, reason, *pixels)
-            else:
-                found = tile_labels(mask, x, y, cut, scheme, settings.min_label_share)
-                if found is None:
-                    yield Candidate(x0, y0, share, DAMAGED, *pixels)
-                else:
-                    yield Candidate(x0, y0, share, "", *pixels, found.mask, found.coverage, found.label)
+                continue
+            if mask is not None and scheme is not None and not reason:
+                labelled = tile_labels(mask, x, y, cut, scheme, settings.min_label_share)
+                reason = "" if labelled else DAMAGED
+            found = Candidate(x0, y0, share, reason, metrics[place], tiles[place])
+            if labelled:
+                found = replace(found, mask=labelled.mask, coverage=labelled.coverage, label=labelled.label)
+            yield found
 
 
 def _judged_unseen(slide: Slide, plan: Plan, limits: filters.Thresholds | None) -> list[str]:
@@ -168,30 +167,26 @@ def _judged_unseen(slide: Slide, plan: Plan, limits: filters.Thresholds | None) 
             for n, (x, y) in enumerate(plan.corners.tolist()):
                 if flat[grid.under(x, y, plan.cut.span)].all():
                     reasons[n] = FLAT
-    for n in np.flatnonzero(plan.tissue_fraction < limits.min_tissue):
+    for n in np.flatnonzero(plan.tissue_fraction < limits.min_tissue).tolist():
         reasons[n] = NO_TISSUE
     return reasons
 
 
-def _strips(plan: Plan) -> Iterator[slice]:
-    """Slices of the candidates that stand in one row, at most _STRIP_BYTES of source pixels in each."""
-    most = max(1, _STRIP_BYTES // (3 * plan.cut.span**2))
-    rows = plan.corners[:, 1]
-    starts = [0, *(np.flatnonzero(np.diff(rows)) + 1).tolist(), len(rows)]
+def _batches(plan: Plan, known: list[str]) -> Iterator[slice]:
+    """Slices of the candidates, each with as many as fit into _BATCH_BYTES among those that must be decoded."""
+    most = max(1, _BATCH_BYTES // (3 * plan.cut.span**2))
+    unseen = [n for n, reason in enumerate(known) if not reason]
+    starts = [0, *unseen[most::most], len(known)]
     for start, end in pairwise(starts):
-        for first in range(start, end, most):
-            yield slice(first, min(first + most, end))
+        yield slice(start, end)
 
 
 def _decoded(
-    reader: RowReader, plan: Plan, strip: slice, seen: list[int], reasons: list[str], limits: filters.Thresholds | None
+    reader: RowReader, plan: Plan, batch: slice, seen: list[int], reasons: list[str], limits: filters.Thresholds | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels, uint8 (len(seen), px, px, 3), and metrics of a strip's candidates; ``reasons`` gets their verdicts."""
+    """Pixels, uint8 (len(seen), px, px, 3), and metrics of a batch's candidates; ``reasons`` gets their verdicts."""
     cut = plan.cut
-    if not seen:
-        return np.zeros((0, cut.px, cut.px, 3), np.uint8), np.zeros((0, len(filters.METRICS)), np.float32)
-    corners = plan.corners[strip]
-    tiles, whole = reader.cut_row(corners[seen, 0].tolist(), int(corners[0, 1]), cut.span)
+    tiles, whole = reader.cut_all(plan.corners[batch][seen].tolist(), cut.span)
     tiles = to_size(tiles, cut)
     metrics = filters.measure(tiles)
     verdicts = filters.verdicts(metrics, limits) if limits is not None else [""] * len(seen)
@@ -202,7 +197,7 @@ def _decoded(
 
 def to_size(tiles: np.ndarray, cut: Cut) -> np.ndarray:
     """Tiles (n, span, span, 3) at their stored size (n, px, px, 3), by area mean."""
-    if not cut.resampled:
+    if not cut.resampled or not len(tiles):
         return tiles
     size = cut.px, cut.px
     return np.stack([np.asarray(cv2.resize(tile, size, interpolation=cv2.INTER_AREA)) for tile in tiles])

@@ -12,7 +12,9 @@ from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import cv2
 
@@ -56,10 +58,12 @@ def attempt(job: Job, source: Source) -> Outcome:
         problem = str(error)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _STORE_FAILS:
-            raise BonyError(f"cannot be written ({error.strerror})", job.store, "make room, then run it again") from error
+            what, do = f"cannot be written ({error.strerror})", "make room, then run it again"
+            raise BonyError(what, job.store, do) from error
         # Whatever a decoder trips over, the other slides must go on.
         problem = f"unexpected {type(error).__name__}: {error}"
-    return Outcome(source.slide_id, problem=public_text(problem, source), written=False)
+    text = public_text(problem, source).removeprefix(f"{source.slide_id}: ")
+    return Outcome(source.slide_id, problem=text, written=False)
 
 
 def processes(count: int) -> Driver:
@@ -133,4 +137,5 @@ def mpi() -> Iterator[Driver | None]:
         what = f"Slurm started {tasks} tasks, but MPI sees a world of 1: each would tile everything"
         raise UsageError(what, do="start them with `srun --mpi=pmi2` (or mpiexec), or use --part")
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as pool:
-        yield None if pool is None else lambda job, sources: _submitted(pool, job, sources)
+        given = cast(Executor | None, pool)  # its stubs say that it gives itself
+        yield None if given is None else partial(_submitted, given)

@@ -4,8 +4,8 @@ Everything is measured on area means at 1/2 or 1/4 scale, where JPEG noise avera
 
 - ``empty``: share of near-white, unsaturated pixels (glass), at 1/4.
 - ``dark``: share of near-black, unsaturated pixels (the scanner's border, black ink), at 1/4.
-- ``pen``: share of pixels in colours of pens that H&E lacks, at 1/4: green or cyan (more green than red), navy
-  (blue with little red, and no less green), pure red. Colour rules as in HistoQC (Janowczyk et al. 2019), bounds our own.
+- ``pen``: share of pixels in colours of pens that H&E lacks, at 1/4: green or cyan (more green than red), navy (blue
+  with little red, and no less green), pure red. Colour rules as in HistoQC (Janowczyk et al. 2019), bounds our own.
 - ``edges``: share of pixels whose Sobel gradient exceeds ``EDGE_STRENGTH`` grey levels per pixel, at 1/4.
 - ``texture``: mean standard deviation of grey values in windows of 7 x 7 pixels, side by side, at 1/4 (Haralick 1979's
   local-variance texture measure); low means homogeneous: glass, dye, a fold.
@@ -122,27 +122,22 @@ def _grey(tiles: np.ndarray) -> np.ndarray:
 
 
 def _colours(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks (0 or 255) of the pixels that are empty, dark, of a pen; plane by plane, since numpy is slow along 3."""
+    """Masks, bool, of the pixels that are empty, dark, of a pen; plane by plane, since numpy is slow along 3."""
     red, green, blue = cv2.split(_tall(tiles))
     darkest, brightest = cv2.min(cv2.min(red, green), blue), cv2.max(cv2.max(red, green), blue)
-    spread = cv2.subtract(brightest, darkest)
-    empty = cv2.min(cv2.compare(darkest, NEAR_WHITE, cv2.CMP_GE), cv2.compare(spread, UNSATURATED, cv2.CMP_LE))
-    dark = cv2.min(cv2.compare(brightest, NEAR_BLACK, cv2.CMP_LT), cv2.compare(spread, GREYISH, cv2.CMP_LT))
-    cold = cv2.min(
-        cv2.compare(cv2.subtract(green, red), GREEN_OVER_RED, cv2.CMP_GT), cv2.compare(spread, SATURATED, cv2.CMP_GT)
-    )
-    navy = cv2.min(
-        cv2.compare(cv2.subtract(blue, red), BLUE_OVER_RED, cv2.CMP_GT),
-        cv2.compare(cv2.subtract(red, green), RED_OVER_GREEN, cv2.CMP_LT),
-    )
-    navy = cv2.min(navy, cv2.compare(red, LITTLE_RED, cv2.CMP_LT))
-    hot = cv2.compare(cv2.subtract(red, cv2.max(green, blue)), RED_OVER_REST, cv2.CMP_GT)
-    return np.asarray(empty), np.asarray(dark), np.asarray(cv2.max(cv2.max(cold, navy), hot))
+    spread = np.asarray(cv2.subtract(brightest, darkest))  # OpenCV's differences end at 0
+    empty = (np.asarray(darkest) >= NEAR_WHITE) & (spread <= UNSATURATED)
+    dark = (np.asarray(brightest) < NEAR_BLACK) & (spread < GREYISH)
+    cold = (np.asarray(cv2.subtract(green, red)) > GREEN_OVER_RED) & (spread > SATURATED)
+    navy = (np.asarray(cv2.subtract(blue, red)) > BLUE_OVER_RED) & (np.asarray(red) < LITTLE_RED)
+    navy &= np.asarray(cv2.subtract(red, green)) < RED_OVER_GREEN
+    hot = np.asarray(cv2.subtract(red, cv2.max(green, blue))) > RED_OVER_REST
+    return empty, dark, cold | navy | hot
 
 
 def _share(mask: np.ndarray, n: int) -> np.ndarray:
-    """Share of set pixels (255) of each of ``n`` tiles, (n,)."""
-    return np.asarray(cv2.reduce(mask.reshape(n, -1), 1, cv2.REDUCE_AVG, dtype=cv2.CV_32F))[:, 0] / 255
+    """Share of set pixels of each of ``n`` tiles, (n,)."""
+    return np.asarray(cv2.reduce(mask.view(np.uint8).reshape(n, -1), 1, cv2.REDUCE_AVG, dtype=cv2.CV_32F))[:, 0]
 
 
 def _edges(grey: np.ndarray) -> np.ndarray:
@@ -172,4 +167,4 @@ def _laplacian(grey: np.ndarray) -> np.ndarray:
     """Root mean square of the Laplacian, (n, h, w) -> (n,), without the outermost pixels."""
     bend = np.asarray(cv2.Laplacian(_tall(grey), cv2.CV_16S)).reshape(grey.shape)[:, 1:-1, 1:-1]
     count = max(bend[0].size, 1)
-    return np.array([cv2.norm(one, cv2.NORM_L2) for one in bend]) / count**0.5
+    return np.fromiter((cv2.norm(one, cv2.NORM_L2) for one in bend), np.float64, len(bend)) / np.sqrt(count)

@@ -1,6 +1,7 @@
 """Pictures of a tiled slide: the overview with every candidate outlined, and a sheet of kept and rejected tiles."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import cv2
 import imagecodecs
@@ -37,11 +38,11 @@ NAMES = {
 LEAST_SIDE, MOST_SIDE = 800, 1500
 SHEET_COLUMNS, SHEET_TILE, SHEET_KEPT, SHEET_REJECTED_EACH = 8, 112, 32, 8
 _QUALITY = 85
-_STRIP, _CAPTION = 38, 24
+_STRIP, _CAPTION, _GAP = 38, 24, 4
 _LEGEND_FONT, _CAPTION_FONT = 24, 17
-_WHITE = (255, 255, 255)
 
 
+@cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font: figures look the same on every machine."""
     return ImageFont.load_default(size)
@@ -137,15 +138,20 @@ class Sheet:
 
 def _strip(title: str, tiles: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
     """Title line and rows of captioned tiles, uint8 (H, W, 3)."""
-    step = SHEET_TILE + _CAPTION
+    captions = _CAPTION if any(caption for _, caption in tiles) else _GAP
     rows = -(-len(tiles) // SHEET_COLUMNS)
-    image = Image.new("RGB", (SHEET_COLUMNS * (SHEET_TILE + 4), _STRIP + rows * step), _WHITE)
+    size = _STRIP + rows * (SHEET_TILE + captions), SHEET_COLUMNS * (SHEET_TILE + _GAP)
+    picture = np.full((*size, 3), 255, np.uint8)
+    places = []
+    for number, (tile, _) in enumerate(tiles):
+        row, column = divmod(number, SHEET_COLUMNS)
+        x, y = column * (SHEET_TILE + _GAP), _STRIP + row * (SHEET_TILE + captions)
+        picture[y : y + SHEET_TILE, x : x + SHEET_TILE] = tile if len(tile) == SHEET_TILE else small(tile)
+        places.append((x + 2, y + SHEET_TILE + 1))
+    image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     draw.text((4, 6), title, fill=(0, 0, 0), font=font(_LEGEND_FONT - 2))
-    for number, (tile, caption) in enumerate(tiles):
-        row, column = divmod(number, SHEET_COLUMNS)
-        x, y = column * (SHEET_TILE + 4), _STRIP + row * step
-        pixels = tile if len(tile) == SHEET_TILE else small(tile)
-        image.paste(Image.fromarray(pixels), (x, y))
-        draw.text((x + 2, y + SHEET_TILE + 1), caption, fill=(60, 60, 60), font=font(_CAPTION_FONT))
+    for place, (_, caption) in zip(places, tiles, strict=True):
+        if caption:
+            draw.text(place, caption, fill=(60, 60, 60), font=font(_CAPTION_FONT))
     return np.asarray(image)

@@ -1,4 +1,4 @@
-"""Which slide is tiled when, and by which array task: balanced by compressed bytes, the same wherever it is computed."""
+"""Which slide is tiled when, and by which array task: by compressed bytes, the same wherever it is computed."""
 
 import heapq
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def _bytes(path: Path) -> int:
 
 
 def largest_first(sources: Sequence[Source]) -> list[tuple[int, Source]]:
-    """Sources with their compressed bytes, in the order in which they are best begun: the largest does not come last."""
+    """Sources with their compressed bytes, in the order in which they are best begun: no large one comes last."""
     sized = [(sum(_bytes(path) for path in source.images), source) for source in sources]
     return sorted(sized, key=lambda pair: (-pair[0], pair[1].slide_id))
 

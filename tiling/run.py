@@ -13,12 +13,12 @@ from tiling.datasets import Dataset, Source
 from tiling.drivers import Driver, Job, processes
 from tiling.errors import BonyError, UsageError
 from tiling.index import SLIDES, build_index
-from tiling.plan import largest_first, share
+from tiling.plan import share
 from tiling.progress import progress, say
 from tiling.quarantine import entry, update_quarantine
 from tiling.settings import TileSettings
-from tiling.summary import summarise, write_page
 from tiling.store import DESCRIPTION, WORK, Description, prepare
+from tiling.summary import summarise, write_page
 from tiling.write import Outcome
 
 # No slide id begins with it.
@@ -88,8 +88,9 @@ def tile(
     sources = share(dataset.sources, *part)
     outcomes = _outcomes(Job(store, settings, dataset.class_names), sources, driver or processes(1))
     with claims.claimed(store / WORK, _STORE_CLAIM, wait=_WAIT_SECONDS):
-        problems = [entry(one.slide_id, not one.written, one.problem) for one in outcomes if one.problem and not one.held]
         looked_at = {one.slide_id for one in outcomes if not one.skipped and not one.held}
+        told = [one for one in outcomes if one.problem and not one.held]
+        problems = [entry(one.slide_id, not one.written, one.problem) for one in told]
         lines = update_quarantine(store, problems, looked_at)
         left_out = {line["slide_id"] for line in lines if line["left_out"]}
         present = {path.name for path in (store / SLIDES).iterdir()}

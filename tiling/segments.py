@@ -82,16 +82,16 @@ class RowReader:
 
     def cut(self, x: int, y: int, span: int) -> np.ndarray | None:
         """Pixels of a box, uint8, (span, span, 3); None when a segment under it is damaged."""
-        pixels, whole = self.cut_row([x], y, span)
+        pixels, whole = self.cut_all([(x, y)], span)
         return pixels[0] if whole[0] else None
 
-    def cut_row(self, xs: Sequence[int], y: int, span: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels of boxes side by side, uint8, (n, span, span, 3), and which of them are whole, bool (n,).
+    def cut_all(self, corners: Sequence[tuple[int, int]], span: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels of boxes in row order, uint8, (n, span, span, 3), and which of them are whole, bool (n,).
 
         A box with a damaged segment under it is not whole, and black.
         """
-        out, whole = np.empty((len(xs), span, span, 3), np.uint8), np.ones(len(xs), bool)
-        for place, x in enumerate(xs):
+        out, whole = np.empty((len(corners), span, span, 3), np.uint8), np.ones(len(corners), bool)
+        for place, (x, y) in enumerate(corners):
             numbers = self.grid.under(x, y, span)
             self._forget_above(numbers[0] // self.grid.columns)
             parts = [part for number in numbers if (part := self._segment(number)) is not None]

@@ -91,7 +91,8 @@ def slide_stains(pixels: np.ndarray) -> SlideColour | None:
     """Colour statistics and stains of a brightfield slide, from a sample of its pixels; the same for the same sample.
 
     The two directions are the robust extremes of the angle inside the plane of the two largest eigenvectors of the
-    densities' 3 x 3 covariance; of these, haematoxylin is the one that takes more red.
+    densities' 3 x 3 covariance; of these, haematoxylin is the one that takes more red. Percentiles of concentrations
+    are those of tissue, not of the whole picture as in the authors' code: how much glass there is must not count.
 
     Args:
         pixels: uint8, shape (n, 3), RGB; of many more than 50,000 evenly spread ones are used.

@@ -13,7 +13,7 @@ DARK_BACKGROUND = 60
 def is_brightfield(rgb: np.ndarray) -> bool:
     """Whether an overview (H, W, 3) is bright-field: a tenth of it is light in every channel."""
     darkest, _ = _extremes(rgb)
-    return bool(cv2.compare(darkest, DARK_BACKGROUND, cv2.CMP_GT).mean() > 255 / 10)
+    return bool(np.count_nonzero(darkest > DARK_BACKGROUND) > darkest.size / 10)
 
 
 def _extremes(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -48,7 +48,7 @@ def tissue_mask(rgb: np.ndarray, largest_hole: float = 0.0) -> np.ndarray:
 
 
 def _filled(mask: np.ndarray, largest: float) -> np.ndarray:
-    """The mask, uint8 0 or 1, as bool, its holes of up to ``largest`` pixels filled; what reaches the edge is no hole."""
+    """A mask of 0 and 1, as bool, its holes of up to ``largest`` pixels filled; what reaches the edge is no hole."""
     outlines, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     # A hole's outline runs through the pixels around it; Pick's theorem gives the number of pixels inside.
     holes = [

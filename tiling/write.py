@@ -2,7 +2,6 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from tiling.store import MASK_CODEC, MASKS, TILES, WORK
 
 THUMBNAIL, SHEET = "thumbnail.jpg", "contact.jpg"
 MOST_DEATHS = 5
-_COLOUR_SAMPLES = 256
+_COLOUR_SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,9 @@ class _SlideWriter:
         }  # fmt: skip
         table = self.rows.table(split, found.coverage_names, found.facts | counts)
         pq.write_table(table, folder / ROWS, compression="zstd")
-        for tile, label in self._shown.items[:: max(1, len(self._shown.items) // pictures.SHEET_KEPT)]:
+        shown = self._shown.items
+        for place in np.linspace(0, len(shown) - 1, min(pictures.SHEET_KEPT, len(shown))).round().astype(int):
+            tile, label = shown[place]
             self.sheet.keep(tile, _caption(label, class_names))
         (folder / SHEET).write_bytes(self.sheet.draw())
 

@@ -87,6 +87,22 @@ def test_a_folder_of_instances_is_one_slide_per_series(dicom_slides: Path, tmp_p
     assert len(one_per_series([*files, *elsewhere.glob("*.dcm")])) == 4
 
 
+@pytest.mark.parametrize("undefined", [False, True])
+def test_the_series_is_the_files_own(undefined: bool, dicom_slides: Path, tmp_path: Path) -> None:
+    """Another series that the header refers to is not taken for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pydicom = pytest.importorskip("pydicom")
+        instance = pydicom.dcmread(sorted(dicom_slides.glob("*.dcm"))[0], stop_before_pixels=True)
+        other = pydicom.Dataset()
+        other.SeriesInstanceUID = "1.2.3"
+        instance.ReferencedSeriesSequence = [other]
+        instance["ReferencedSeriesSequence"].is_undefined_length = undefined
+        instance.ReferencedSeriesSequence[0].is_undefined_length_sequence_item = undefined
+        instance.save_as(tmp_path / "refers.dcm")
+        assert series_of(tmp_path / "refers.dcm") == str(instance.SeriesInstanceUID)
+
+
 def test_files_that_are_no_dicom(dicom_slides: Path, tmp_path: Path) -> None:
     path = tmp_path / "some.dcm"
     whole = sorted(dicom_slides.glob("*.dcm"))[0].read_bytes()

@@ -257,7 +257,7 @@ def test_slurm_tasks_that_do_not_know_of_each_other(big: Path, tmp_path: Path) -
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=40), st.integers(1, 6))
-def test_shares_are_a_balanced_partition(tmp_path_factory: pytest.TempPathFactory, sizes: list[int], parts: int) -> None:
+def test_shares_are_balanced(tmp_path_factory: pytest.TempPathFactory, sizes: list[int], parts: int) -> None:
     folder = tmp_path_factory.mktemp("plan")
     sources = []
     for number, size in enumerate(sizes):
@@ -291,4 +291,5 @@ def test_a_full_disk_ends_the_run(big: Path, tmp_path: Path) -> None:
 def test_datasets_are_planned_whole(big: Path) -> None:
     """Every task plans over all slides, so that all agree on the shares."""
     sources = datasets.panda(big).sources
-    assert sorted(one.slide_id for part in (1, 2) for one in share(sources, part, 2)) == [one.slide_id for one in sources]
+    found = sorted(one.slide_id for part in (1, 2) for one in share(sources, part, 2))
+    assert found == [one.slide_id for one in sources]

@@ -243,6 +243,25 @@ def test_plain_images_that_are_refused(tmp_path: Path) -> None:
         assert np.array_equal(slide.read_segment(0, 0), NOISE)
 
 
+def test_a_segment_that_is_left_out_is_background(tissue: np.ndarray, tmp_path: Path, level_pixels: Pixels) -> None:
+    path = tmp_path / "sparse.tif"
+    tiles = [tissue[:256, :256], None, tissue[:256, 512:], None, None, None]
+    jpegs = [b"" if tile is None else bytes(imagecodecs.jpeg8_encode(tile, level=95)) for tile in tiles]
+    tifffile.imwrite(
+        path, iter(jpegs), shape=tissue.shape, dtype=np.uint8, photometric="ycbcr", subsampling=(2, 2),
+        tile=(256, 256), compression="jpeg",
+    )  # fmt: skip
+    with open_slide(path) as slide:
+        assert (slide.compressed_sizes(0) == 0).tolist() == [tile is None for tile in tiles]
+        pixels, (overview, unknown) = level_pixels(slide, 0), slide.overview()
+    assert np.abs(pixels[:256, 512:].astype(int) - tissue[:256, 512:]).mean() < 3
+    assert (pixels[256:] == 255).all()
+    assert overview.shape == (64, 96, 3)
+    assert (overview[32:] == 255).all()
+    assert (overview[:32, :32] != 255).any()
+    assert not unknown.any()
+
+
 def test_an_unknown_suffix_is_asked_of_openslide(shared_data: Path, tmp_path: Path) -> None:
     path = shutil.copyfile(shared_data / SVS, tmp_path / "slide.dat")
     with open_slide(path) as slide:

@@ -59,7 +59,6 @@ def test_columns_come_when_asked_for(cohort_store: Path) -> None:
     whole, about = read_index(cohort_store)
     assert index.read().equals(whole)
     assert (list(index.slides), index.fingerprint) == (about["slides"], about["fingerprint"])
-    assert index.colours() == {}
     with TileStore(cohort_store) as store:
         assert "index" not in vars(store)
         assert store.labels().tolist() == whole["label"].to_pylist()

@@ -101,11 +101,12 @@ def test_coarser_tiles_have_the_true_labels_too(
         (tmp_path / "train_images" / f"{slide.image_id}.tiff",),
         tmp_path / "train_label_masks" / f"{slide.image_id}_mask.tiff",
         slide.provider,
+        scheme=SCHEMES[slide.provider],
     )
     tile(
         datasets.Dataset("one", (source,)),
         tmp_path / "store",
-        TileSettings(mpp=mpp, thresholds=Thresholds(0.2, 0.95, 0, 0)),
+        TileSettings(mpp=mpp, thresholds=Thresholds(0.2, 0.95, min_edges=0, min_texture=0)),
     )
     scheme = SCHEMES["radboud"]
     with TileStore(tmp_path / "store") as reader:
@@ -126,7 +127,11 @@ def test_a_mask_of_one_level_serves_every_level(made: list[PhantomSlide], tmp_pa
     mask = tmp_path / "flat_mask.tiff"
     tifffile.imwrite(mask, slide.mask, tile=(512, 512), compression="deflate")
     source = datasets.Source(
-        slide.image_id, (tmp_path / "train_images" / f"{slide.image_id}.tiff",), mask, slide.provider
+        slide.image_id,
+        (tmp_path / "train_images" / f"{slide.image_id}.tiff",),
+        mask,
+        slide.provider,
+        scheme=SCHEMES[slide.provider],
     )
     tile(datasets.Dataset("one", (source,)), tmp_path / "store", TileSettings(mpp=2.0))
     with TileStore(tmp_path / "store") as reader:

@@ -2,12 +2,7 @@
 
 import gc
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +16,13 @@ from pipeline.cli import main
 from tiling import datasets
 from tiling.audit import store_problems
 from tiling.datasets import Dataset
+from tiling.drivers import processes
 from tiling.errors import DamageError, StoreError, UsageError
 from tiling.filters import Thresholds
 from tiling.index import fingerprint, read_index
 from tiling.run import tile
 from tiling.settings import TileSettings
 from tiling.store import TileStore
-
-BONY = Path(sys.executable).with_name("bony")
 
 Files = Callable[[Path], dict[str, str]]
 Spoil = Callable[..., tuple[int, int, int, int]]
@@ -45,7 +39,8 @@ def rows_of(store: Path, slide_id: str) -> dict[tuple[int, int], dict[str, objec
 
 
 def bony_tile(*words: str | Path) -> int:
-    return main(["tile", *map(str, words)])
+    """Under the files' own names."""
+    return main(["tile", *map(str, words), "--no-deidentify"])
 
 
 def test_a_finished_store_is_left_alone(own_store: Path, cohort_slides: Dataset, files: Files) -> None:
@@ -100,7 +95,7 @@ def test_another_data_set_is_refused(cohort: Path, cohort_store: Path, files: Fi
 
 
 def test_workers_make_the_same_bytes(cohort_slides: Dataset, cohort_store: Path, tmp_path: Path, files: Files) -> None:
-    tile(cohort_slides, tmp_path / "store", TileSettings(), workers=2)
+    tile(cohort_slides, tmp_path / "store", TileSettings(), processes(2))
     assert fingerprint(tmp_path / "store") == fingerprint(cohort_store)
     assert files(tmp_path / "store") == files(cohort_store)
     assert store_problems(tmp_path / "store") == []
@@ -135,7 +130,7 @@ def test_corrupt_slides_among_good_ones(
         "truncated": True, "text": True, "zero": True, "segment_gone": False, "segment_hurt": False
     }  # fmt: skip
     assert "list of pages does not end" in str(found["truncated"]["reason"])
-    assert "not a readable TIFF" in str(found["text"]["reason"])
+    assert "not a TIFF" in str(found["text"]["reason"])
     assert "file is empty (0 bytes)" in str(found["zero"]["reason"])
     for slide_id, entry in found.items():
         assert f"{slide_id}: {entry['reason']}" in said.err
@@ -237,7 +232,7 @@ def test_only_a_corrupt_slide_leaves_nothing(tmp_path: Path, cohort: Path, capsy
     assert bony_tile(path, "--out", tmp_path / "store") == 1
     assert not (tmp_path / "store").exists()
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"bony: error: no slide could be tiled; the first one: {path}: ")
+    assert last.startswith("bony: error: no slide could be tiled; the first one: truncated: ")
     assert last.endswith("; no store was left")
 
 
@@ -261,29 +256,6 @@ def test_a_worker_error_is_the_same_in_a_process(cohort: Path, tmp_path: Path) -
         assert bony_tile(slides, "--out", tmp_path / str(workers), "--workers", workers) == 3
     assert quarantine(tmp_path / "1") == quarantine(tmp_path / "2")
     assert set(quarantine(tmp_path / "1")) == {"text"}
-
-
-def test_a_killed_worker_is_told_and_the_rest_is_kept(cohort: Path, cohort_store: Path, tmp_path: Path) -> None:
-    """SIGKILL to one worker of a real run: exit code 1 and one line; the same command then finishes the store."""
-    words = [BONY, "tile", "--dataset", "panda", "--root", cohort, "--out", tmp_path / "store", "--workers", "2"]
-    run = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (victims := workers_of(run.pid)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(victims[0], signal.SIGKILL)
-    _, complaint = run.communicate(timeout=60)
-    assert run.returncode == 1
-    assert "a worker process died" in complaint.splitlines()[-1]
-    assert subprocess.run(words, check=False, capture_output=True).returncode == 0
-    assert store_problems(tmp_path / "store") == []
-    assert fingerprint(tmp_path / "store") == fingerprint(cohort_store)
-
-
-def workers_of(pid: int) -> list[int]:
-    """Spawned workers of a process: its children but multiprocessing's resource tracker."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def test_the_index_can_be_rebuilt(own_store: Path, files: Files, capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,8 +332,7 @@ def test_a_broken_finished_slide_is_set_aside_and_redone(
     assert [outcome.skipped for outcome in summary.outcomes] == [False, True, True]
     assert files(own_store / "slides") == files(cohort_store / "slides")
     assert store_problems(own_store) == []
-    aside = own_store / "work" / f"{slide.name}.broken0"
-    assert (aside / "tiles.zarr" / "c" / "0" / "0" / "0" / "0").read_bytes() == bytes(data)
+    assert not (own_store / "work").exists()
 
 
 def test_a_half_written_slide_is_no_slide(own_store: Path, cohort_slides: Dataset, cohort_store: Path) -> None:

@@ -40,7 +40,7 @@ def degrees(one: tuple[float, ...], other: tuple[float, ...]) -> float:
 
 
 def textbook(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Macenko et al. 2009 as the authors' MATLAB code has it: stain matrix (3, 2), 99th percentiles."""
+    """Macenko et al. 2009 as the authors' code has it, but for tissue alone: stain matrix (3, 2), 99th percentiles."""
     density = -np.log((pixels.astype(float) + 1) / WHITE)
     tissue = density[~np.any(density < 0.15, axis=1)]
     _, vectors = np.linalg.eigh(np.cov(tissue.T))

@@ -212,7 +212,7 @@ def test_masks_are_guarded_too(own_store: Path) -> None:
 
 def test_store_json_holds_no_patient_data(stores: Path) -> None:
     text = (stores / "jpeg" / "store.json").read_text()
-    keys = {"format", "format_version", "software", "dataset", "class_names", "settings", "sha256"}
+    keys = {"format", "format_version", "software", "dataset", "class_names", "class_map", "ids", "settings", "sha256"}
     assert set(json.loads(text)) == keys
     assert not [slide_id for slide_id in STITCHED if slide_id in text]
 
