@@ -26,7 +26,7 @@ from tiling.datasets import Source
 from tiling.settings import TileSettings
 from tiling.slide import open_slide
 from tiling.store import Description, prepare
-from tiling.write import write_source
+from tiling.write import Job, write_source
 
 PEERS = Path(__file__).with_name("peers")
 SHARD = 1024
@@ -73,7 +73,7 @@ class Case:
         """The slide's folder in a store that Bony wrote, kept for what is measured on it."""
         store = self.work / f"bony-kept {self.name}"
         _fresh_store(self, store)
-        write_source(store, self.source, self.settings, self.class_names)
+        write_source(Job(store, self.settings, self.class_names), self.source)
         return store / "slides" / self.source.slide_id
 
     @cached_property
@@ -116,6 +116,7 @@ class Case:
         return found
 
 
+MEASURED_AT_ONCE = 24
 Contender = Callable[[Case], Result]
 
 
@@ -129,7 +130,7 @@ def bony(case: Case) -> Result:
     store = case.work / "bony"
     _fresh_store(case, store)
     start = time.process_time()
-    outcome = write_source(store, case.source, case.settings, case.class_names)
+    outcome = write_source(Job(store, case.settings, case.class_names), case.source)
     used = time.process_time() - start
     shutil.rmtree(store)
     return Result(outcome.kept, used)
@@ -140,11 +141,14 @@ def _read_and_filter(case: Case, keep: Callable[[np.ndarray], None]) -> int:
     px, limits, kept = case.settings.tile_px, case.settings.thresholds, 0
     assert limits is not None
     with openslide.OpenSlide(case.path) as slide:
-        for x, y in case.candidates:
-            tile = np.asarray(slide.read_region((int(x), int(y)), 0, (px, px)).convert("RGB"))
-            if not filters.verdict(filters.measure(tile), limits):
-                keep(tile)
-                kept += 1
+        for first in range(0, len(case.candidates), MEASURED_AT_ONCE):
+            corners = case.candidates[first : first + MEASURED_AT_ONCE].tolist()
+            tiles = [np.asarray(slide.read_region((x, y), 0, (px, px)).convert("RGB")) for x, y in corners]
+            verdicts = filters.verdicts(filters.measure(np.stack(tiles)), limits)
+            for tile, reason in zip(tiles, verdicts, strict=True):
+                if not reason:
+                    keep(tile)
+                    kept += 1
     return kept
 
 

@@ -12,15 +12,16 @@ from typing import Any
 STEPS = {
     "open": ["tiling.write:open_slide"],
     "overview, mask, plan": ["tiling.write:plan_slide"],
-    "decode": ["tiling.slide:TiffSlide.read_segment"],
-    "cut": ["tiling.segments:RowReader.cut"],
-    "filter": ["tiling.filters:measure", "tiling.filters:verdict"],
-    "label mask": ["tiling.cut:_MaskCutter.at", "tiling.cut:_labelled"],
+    "decode": ["tiling.slide_tiff:TiffSlide.read_segment"],
+    "cut": ["tiling.segments:RowReader.cut_all"],
+    "filter": ["tiling.filters:measure", "tiling.filters:verdicts"],
+    "label mask": ["tiling.cut:tile_labels"],
     "encode": ["tiling.codec:encode"],
     "write, crc32c": ["tiling.shard:ArrayWriter.append", "tiling.shard:ArrayWriter.close"],
     "sha256, fsync, rename": ["tiling.atomic:seal"],
-    "rows": ["tiling.write:rows_table", "pyarrow.parquet:write_table"],
-    "pictures": ["tiling.pictures:thumbnail", "tiling.pictures:contact_sheet"],
+    "rows": ["tiling.rows:Rows.add", "tiling.rows:Rows.table", "pyarrow.parquet:write_table"],
+    "stains": ["tiling.stain:tile_sample", "tiling.stain:slide_stains"],
+    "pictures": ["tiling.pictures:thumbnail", "tiling.pictures:small", "tiling.pictures:Sheet.draw"],
 }
 WHOLE = ("overview, mask, plan", "label mask", "pictures")
 REST = "the rest"

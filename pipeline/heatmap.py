@@ -10,9 +10,10 @@ from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from pipeline.regions import ClassMap
-from tiling.pictures import fit_overview, font
+from tiling.pictures import font
 
 OPACITY = 0.45
+SIDE = 1200
 # The PNG's text chunk of this name says where in the picture the slide lies: left, top, width, height, as JSON.
 PLACE = "slide"
 _LEAST_WIDTH, _LONGEST_BAR = 900, 300
@@ -31,7 +32,7 @@ def heat_map(overview: np.ndarray, size: tuple[int, int], tiles: ClassMap, title
         title: Headline.
         note: Said below the picture.
     """
-    picture = Image.fromarray(_painted(fit_overview(overview), size, tiles))
+    picture = Image.fromarray(_painted(_fitted(overview), size, tiles))
     width = max(picture.width, _LEAST_WIDTH)
     header = _header(title, tiles, width)
     footer = _footer(note, tiles.mpp * size[0] / picture.width, width)
@@ -46,6 +47,13 @@ def heat_map(overview: np.ndarray, size: tuple[int, int], tiles: ClassMap, title
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=info)
     return file.getvalue()
+
+
+def _fitted(overview: np.ndarray) -> np.ndarray:
+    """The overview (H, W, 3) with its longer side at SIDE, uint8."""
+    scale = SIDE / max(overview.shape[:2])
+    size = max(1, round(overview.shape[1] * scale)), max(1, round(overview.shape[0] * scale))
+    return np.asarray(cv2.resize(overview, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR))
 
 
 def _painted(picture: np.ndarray, size: tuple[int, int], tiles: ClassMap) -> np.ndarray:

@@ -34,6 +34,7 @@ from tiling.cut import DAMAGED, NOT_BRIGHTFIELD, Plan, cut_slide, plan_slide
 from tiling.datasets import Dataset, Source
 from tiling.errors import BonyError, DamageError, GridError, UsageError
 from tiling.grid import to_level0
+from tiling.limits import DEFAULT_LIMITS, Limits
 from tiling.progress import progress, say
 from tiling.quarantine import entry, update_quarantine
 from tiling.slide import Slide, open_slide
@@ -68,6 +69,7 @@ def predict(
     slide_mpp: float | None = None,
     batch: int = 64,
     score: Score | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Predictions:
     """Score every slide by a bundle, at the bundle's scale; finished slides are skipped.
 
@@ -78,6 +80,7 @@ def predict(
         slide_mpp: um per level-0 pixel of every slide, overriding what the files say; recorded.
         batch: Tiles per forward pass.
         score: Instead of the bundle's own networks.
+        limits: What a slide's header may claim.
 
     Returns:
         What stands there; the caller turns quarantined slides into exit code 3.
@@ -103,7 +106,7 @@ def predict(
         try:
             with atomic.building(folder, out / WORK) as inside:
                 title = f"{number}/{len(slides.sources)} {source.slide_id}"
-                _predict_slide(inside, source, bundle, score, batch, title)
+                _predict_slide(inside, source, bundle, score, batch, title, limits)
         except BonyError as error:
             failed[source.slide_id] = str(error)
             say(f"{source.slide_id}: {error}")
@@ -188,22 +191,23 @@ def _plan(slide: Slide, bundle: Bundle) -> Plan:
         raise GridError(error.what, slide.path, advice) from error
 
 
-def _predict_slide(folder: Path, source: Source, bundle: Bundle, score: Score, batch: int, title: str) -> None:
+def _predict_slide(
+    folder: Path, source: Source, bundle: Bundle, score: Score, batch: int, title: str, limits: Limits
+) -> None:
     """Fill the folder of one slide.
 
     Raises:
         BonyError: It cannot be read, tiled or scored.
     """
     path = source.images[0]
-    with open_slide(path) as slide:
-        stated = slide.mpp
-        slide.mpp = bundle.tiling.slide_mpp or stated
+    with open_slide(path, bundle.tiling.slide_mpp, limits) as slide:
+        stated = None if slide.stated_mpp is None else slide.stated_mpp[0]
         plan = _plan(slide, bundle)
         size = slide.levels[0].width, slide.levels[0].height
         facts: dict[str, Any] = {
             "slide_id": source.slide_id, "file": path.name, "file_bytes": path.stat().st_size,
             "width": size[0], "height": size[1], "tile_px": plan.cut.px, "tile_mpp": plan.cut.mpp,
-            "slide_mpp": slide.mpp, "stated_mpp": stated, "slide_mpp_overridden": slide.mpp != stated,
+            "slide_mpp": slide.mpp, "stated_mpp": stated, "slide_mpp_overridden": bundle.tiling.slide_mpp not in (None, stated),
             "bundle_sha256": bundle.sha256, "encoder": bundle.encoder.name, "software": _software(), "note": NOTE,
         }  # fmt: skip
         side = round(plan.cut.span * plan.cut.level.downsample)

@@ -86,7 +86,7 @@ def test_store_of_another_format_version(store: Path, tmp_path: Path, capsys: py
     (tmp_path / "store").mkdir()
     (tmp_path / "store/store.json").write_text(json.dumps(description | {"format_version": 99}))
     line = complaint(capsys, 1, "verify", tmp_path / "store")
-    assert "format version 99, this software reads 1" in line
+    assert "format version 99, this software reads 2" in line
 
 
 def test_out_folder_that_holds_something_else_is_left_alone(

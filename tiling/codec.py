@@ -230,22 +230,21 @@ def encode(tile: np.ndarray, codec: str, settings: JpegSettings | None) -> bytes
     return bytes(imagecodecs.zstd_encode(np.ascontiguousarray(tile), level=ZSTD_LEVEL))
 
 
-def decode(data: bytes, codec: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Bytes of the store's inner codec back to a uint8 tile of ``shape``.
+def decode_into(data: np.ndarray, codec: str, out: np.ndarray) -> None:
+    """Bytes of the store's inner codec back to a tile, in place: ``out`` is uint8 and contiguous.
 
     Raises:
         DamageError: The bytes do not decode to that shape.
     """
     try:
         if codec == "jpeg":
-            tile = imagecodecs.jpeg8_decode(data)
-        else:
-            tile = np.frombuffer(imagecodecs.zstd_decode(data), np.uint8).reshape(shape)
+            imagecodecs.jpeg8_decode(data, out=out)
+            return
+        size = len(imagecodecs.zstd_decode(data, out=memoryview(out).cast("B")))
     except (RuntimeError, ValueError) as error:
-        raise DamageError(f"tile does not decode as {codec} ({error})") from error
-    if tile.shape != shape:
-        raise DamageError(f"tile decodes to shape {tile.shape}, expected {shape}")
-    return np.asarray(tile)
+        raise DamageError(f"does not decode as {codec} ({error})") from error
+    if size != out.size:
+        raise DamageError(f"decodes to {size} bytes, expected {out.size}")
 
 
 def zarr_codecs(codec: str) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ LARGEST_HOLE_UM2 = 30_000.0
 FLAT_BYTES = 0.02
 # So many bytes of source pixels are cut and measured together: enough to share the cost of a call, few enough to stay
 # in the processor's cache.
-_BATCH_BYTES = 1 << 22
+_BATCH_BYTES = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,20 +156,24 @@ def cut_slide(
 
 def _judged_unseen(slide: Slide, plan: Plan, limits: filters.Thresholds | None) -> list[str]:
     """Reasons to reject candidates without decoding them, "" for the others."""
-    reasons = [""] * len(plan.corners)
     if limits is None:
-        return reasons
-    sizes = slide.compressed_sizes(plan.cut.level.index)
-    if sizes is not None and limits.max_empty < 1:
-        grid = slide.segment_grid(plan.cut.level.index)
-        flat = sizes <= FLAT_BYTES * grid.segment_width * grid.segment_height
-        if flat.any():
-            for n, (x, y) in enumerate(plan.corners.tolist()):
-                if flat[grid.under(x, y, plan.cut.span)].all():
-                    reasons[n] = FLAT
-    for n in np.flatnonzero(plan.tissue_fraction < limits.min_tissue).tolist():
-        reasons[n] = NO_TISSUE
-    return reasons
+        return [""] * len(plan.corners)
+    reasons = np.where(_flat(slide, plan) & (limits.max_empty < 1), FLAT, "").astype(object)
+    reasons[plan.tissue_fraction < limits.min_tissue] = NO_TISSUE
+    return [str(reason) for reason in reasons]
+
+
+def _flat(slide: Slide, plan: Plan) -> np.ndarray:
+    """Which candidates lie on segments alone that are compressed to nothing, bool (N,)."""
+    level, span = plan.cut.level.index, plan.cut.span
+    sizes, grid = slide.compressed_sizes(level), slide.segment_grid(level)
+    if sizes is None:
+        return np.zeros(len(plan.corners), bool)
+    shown = sizes > FLAT_BYTES * grid.segment_width * grid.segment_height
+    sums = np.pad(shown.reshape(grid.rows, grid.columns).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    x0, y0 = (plan.corners // (grid.segment_width, grid.segment_height)).T
+    x1, y1 = ((plan.corners + span - 1) // (grid.segment_width, grid.segment_height)).T + 1
+    return np.asarray(sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0] == 0)
 
 
 def _batches(plan: Plan, known: list[str]) -> Iterator[slice]:

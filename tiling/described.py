@@ -6,9 +6,9 @@ Another version is refused rather than guessed at; the caller's error type says 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from tiling.byte_ranges import Place
 from tiling.errors import BonyError
 
 
@@ -38,7 +38,7 @@ class Format:
     def _name(self) -> str:
         return f"bony-{self.kind.replace(' ', '-')}"
 
-    def read(self, folder: Path) -> dict[str, Any]:
+    def read(self, folder: Place) -> dict[str, Any]:
         """What ``describe`` was given, without kind and version.
 
         Raises:
@@ -50,11 +50,11 @@ class Format:
             stated, found = value.pop("format"), value.pop("format_version")
         except FileNotFoundError as cause:
             what = f"not a {self.kind}: it has no {self.file}"
-            raise self.error(what, folder, f"make one with `{self.made_by}`") from cause
+            raise self.error(what, str(folder), f"make one with `{self.made_by}`") from cause
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
-            raise self.error(f"cannot be read ({type(cause).__name__}: {cause})", path) from cause
+            raise self.error(f"cannot be read ({type(cause).__name__}: {cause})", str(path)) from cause
         if stated != self._name or found != self.version:
             found = found if stated == self._name else "unknown"
             what = f"{self.kind} has format version {found}, this software reads {self.version}"
-            raise self.error(what, path, "make it again, or use the version of bony that wrote it")
+            raise self.error(what, str(path), "make it again, or use the version of bony that wrote it")
         return value

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import cv2
@@ -22,20 +21,10 @@ from tiling import claims
 from tiling.datasets import Source
 from tiling.errors import BonyError, UsageError
 from tiling.identity import public_text
-from tiling.settings import TileSettings
 from tiling.store import WORK
-from tiling.write import Outcome, give_up, write_source
+from tiling.write import Job, Outcome, give_up, write_source
 
 _STORE_FAILS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is the same for every slide of a run."""
-
-    store: Path
-    settings: TileSettings
-    class_names: tuple[str, ...]
 
 
 Driver = Callable[[Job, Sequence[Source]], Iterator[Outcome]]
@@ -49,7 +38,7 @@ def attempt(job: Job, source: Source) -> Outcome:
     """
     cv2.setNumThreads(1)  # slides run side by side: threads of OpenCV would only get in each other's way
     try:
-        outcome = write_source(job.store, source, job.settings, job.class_names)
+        outcome = write_source(job, source)
         problem, remark = (public_text(text, source) for text in (outcome.problem, outcome.remark))
         return replace(outcome, problem=problem, remark=remark)
     except claims.HeldError as error:

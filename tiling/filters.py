@@ -3,9 +3,11 @@
 Everything is measured on area means at 1/2 or 1/4 scale, where JPEG noise averages out and which cost little:
 
 - ``empty``: share of near-white, unsaturated pixels (glass), at 1/4.
-- ``dark``: share of near-black, unsaturated pixels (the scanner's border, black ink), at 1/4.
-- ``pen``: share of pixels in colours of pens that H&E lacks, at 1/4: green or cyan (more green than red), navy (blue
-  with little red, and no less green), pure red. Colour rules as in HistoQC (Janowczyk et al. 2019), bounds our own.
+- ``dark``: share of near-black pixels (the scanner's border), at 1/4.
+- ``pen``: share of pixels in colours of ink that stains lack, at 1/4. Haematoxylin and eosin absorb green at least as
+  much as red (Ruifrok & Johnston 2001), so what lets clearly more green than red pass is green, cyan or blue ink; the
+  same of dark blues, of red without any green or blue, and of dark grey. Colour rules for ink as in HistoQC (Janowczyk
+  et al. 2019); bounds our own, as ratios, since a ratio of intensities is a difference of optical densities.
 - ``edges``: share of pixels whose Sobel gradient exceeds ``EDGE_STRENGTH`` grey levels per pixel, at 1/4.
 - ``texture``: mean standard deviation of grey values in windows of 7 x 7 pixels, side by side, at 1/4 (Haralick 1979's
   local-variance texture measure); low means homogeneous: glass, dye, a fold.
@@ -26,10 +28,15 @@ METRICS = ("empty", "dark", "pen", "edges", "texture", "sharpness")
 # The reason of each metric, in the same order: the first that fails is the one that is told.
 REASONS = ("empty", "dark", "pen", "edges", "texture", "blur")
 NEAR_WHITE, UNSATURATED = 215, 18
-NEAR_BLACK, GREYISH = 70, 30
-GREEN_OVER_RED, SATURATED = 20, 40
-BLUE_OVER_RED, RED_OVER_GREEN, LITTLE_RED = 50, 5, 70
-RED_OVER_REST = 110
+NEAR_BLACK = 30
+# Cold ink: green > 1.2 red + 3, and no grey.
+GREEN_TO_RED, SATURATED = (1.2, 3), 20
+# Navy ink: little red, clearly more blue, and hardly less green.
+LITTLE_RED, BLUE_OVER_RED, RED_OVER_GREEN = 90, 40, 12
+# Red ink: red > 3 times green and blue, and bright enough to be told from brown.
+RED_TO_REST, BRIGHT_RED = 3.0, 100
+# Black ink.
+DARK_INK, GREYISH = 90, 30
 EDGE_STRENGTH = 12.0
 WINDOW = 7
 
@@ -123,16 +130,19 @@ def _grey(tiles: np.ndarray) -> np.ndarray:
 
 def _colours(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Masks, bool, of the pixels that are empty, dark, of a pen; plane by plane, since numpy is slow along 3."""
-    red, green, blue = cv2.split(_tall(tiles))
-    darkest, brightest = cv2.min(cv2.min(red, green), blue), cv2.max(cv2.max(red, green), blue)
-    spread = np.asarray(cv2.subtract(brightest, darkest))  # OpenCV's differences end at 0
-    empty = (np.asarray(darkest) >= NEAR_WHITE) & (spread <= UNSATURATED)
-    dark = (np.asarray(brightest) < NEAR_BLACK) & (spread < GREYISH)
-    cold = (np.asarray(cv2.subtract(green, red)) > GREEN_OVER_RED) & (spread > SATURATED)
-    navy = (np.asarray(cv2.subtract(blue, red)) > BLUE_OVER_RED) & (np.asarray(red) < LITTLE_RED)
+    red, green, blue = (np.asarray(plane) for plane in cv2.split(_tall(tiles)))
+    rest = np.maximum(green, blue)
+    brightest, darkest = np.maximum(red, rest), np.minimum(np.minimum(red, green), blue)
+    spread = brightest - darkest
+    # OpenCV's arithmetic, unlike numpy's, stays within 0 to 255.
+    empty = (darkest >= NEAR_WHITE) & (spread <= UNSATURATED)
+    dark = brightest < NEAR_BLACK
+    cold = (green > np.asarray(cv2.convertScaleAbs(red, None, *GREEN_TO_RED))) & (spread > SATURATED)
+    navy = (red < LITTLE_RED) & (np.asarray(cv2.subtract(blue, red)) > BLUE_OVER_RED)
     navy &= np.asarray(cv2.subtract(red, green)) < RED_OVER_GREEN
-    hot = np.asarray(cv2.subtract(red, cv2.max(green, blue))) > RED_OVER_REST
-    return empty, dark, cold | navy | hot
+    hot = (red > np.asarray(cv2.convertScaleAbs(rest, None, RED_TO_REST))) & (red > BRIGHT_RED)
+    black = (brightest < DARK_INK) & (spread < GREYISH) & ~dark
+    return empty, dark, cold | navy | hot | black
 
 
 def _share(mask: np.ndarray, n: int) -> np.ndarray:
@@ -142,13 +152,10 @@ def _share(mask: np.ndarray, n: int) -> np.ndarray:
 
 def _edges(grey: np.ndarray) -> np.ndarray:
     """Share of pixels on edges, (n, h, w) -> (n,); the outermost ones are left out: they would see the next tile."""
-    across, down = (
-        np.asarray(slope).reshape(grey.shape)[:, 1:-1, 1:-1].astype(np.float32)
-        for slope in cv2.spatialGradient(_tall(grey))
-    )
+    across, down = (np.asarray(slope).astype(np.float32) for slope in cv2.spatialGradient(_tall(grey)))
     # Sobel's kernel sums to 8 per grey level of slope.
     strong = across * across + down * down > (8 * EDGE_STRENGTH) ** 2
-    return np.asarray(strong.reshape(len(grey), -1).mean(axis=1))
+    return _share(np.ascontiguousarray(strong.reshape(grey.shape)[:, 1:-1, 1:-1]), len(grey))
 
 
 def _texture(grey: np.ndarray) -> np.ndarray:
@@ -167,4 +174,5 @@ def _laplacian(grey: np.ndarray) -> np.ndarray:
     """Root mean square of the Laplacian, (n, h, w) -> (n,), without the outermost pixels."""
     bend = np.asarray(cv2.Laplacian(_tall(grey), cv2.CV_16S)).reshape(grey.shape)[:, 1:-1, 1:-1]
     count = max(bend[0].size, 1)
-    return np.fromiter((cv2.norm(one, cv2.NORM_L2) for one in bend), np.float64, len(bend)) / np.sqrt(count)
+    lengths = np.fromiter((cv2.norm(one, cv2.NORM_L2) for one in bend), np.float64, len(bend))
+    return np.asarray(lengths / np.sqrt(count))

@@ -23,6 +23,7 @@ from tiling.datasets import Source
 from tiling.errors import SlideError
 from tiling.grid import Cut, Level, choose_cut, tile_corners
 from tiling.labels import UNLABELLED
+from tiling.limits import DEFAULT_LIMITS, Limits
 from tiling.masks import open_mask_file, tile_labels
 from tiling.segments import RowReader
 from tiling.settings import TileSettings
@@ -47,16 +48,17 @@ class ImportedTiles:
     Args:
         source: A source with ``image_labels``.
         settings: Tile side, scale and label share.
+        limits: What an image's header may claim.
 
     Raises:
         SlideError: While iterating: no image gives a tile, or an archive is damaged.
         GridError: While iterating: the images are coarser than the target.
     """
 
-    def __init__(self, source: Source, settings: TileSettings) -> None:
+    def __init__(self, source: Source, settings: TileSettings, limits: Limits = DEFAULT_LIMITS) -> None:
         self.broken: list[str] = []
         self.mpp: float | None = None
-        self._source, self._settings = source, settings
+        self._source, self._settings, self._limits = source, settings, limits
 
     def __iter__(self) -> Iterator[tuple[Candidate, JpegSettings | None]]:
         in_archive = self._source.images[0].suffix.lower() == ARCHIVE_SUFFIX
@@ -88,7 +90,7 @@ class ImportedTiles:
         source, settings = self._source, self._settings
         path = source.images[number]
         with ExitStack() as opened:
-            image = opened.enter_context(open_slide(path, settings.slide_mpp or source.mpp))
+            image = opened.enter_context(open_slide(path, settings.slide_mpp or source.mpp, self._limits))
             image.mpp = image.mpp or settings.mpp
             if image.mpp is None:
                 raise SlideError("tile images do not say their scale", path, "give it with --mpp or --slide-mpp")
@@ -97,7 +99,7 @@ class ImportedTiles:
             tiles = _tiles(image, cut, corners)
             candidates = self._candidates(corners, tiles, number)
             if source.image_masks is not None and source.scheme is not None:
-                mask = open_mask_file(source.image_masks[number], source.scheme, image, cut)
+                mask = open_mask_file(source.image_masks[number], source.scheme, image, cut, self._limits)
                 opened.enter_context(closing(mask))
                 for place, (x, y) in enumerate(corners.tolist()):
                     found = tile_labels(mask, x, y, cut, source.scheme, settings.min_label_share)

@@ -1,6 +1,7 @@
 """Mask values under a box of a slide: from a label image, or from annotations drawn at the scale of the box."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from tiling.datasets import Source
 from tiling.errors import MaskError
 from tiling.grid import Cut
 from tiling.labels import Scheme
+from tiling.limits import DEFAULT_LIMITS, Limits
 from tiling.segments import Decode, RowReader, SegmentGrid
 from tiling.slide import IMAGE_SUFFIXES, Slide, open_slide
 
@@ -44,7 +46,7 @@ class MaskReader(Protocol):
         """Release the file."""
 
 
-def open_mask(source: Source, slide: Slide, cut: Cut) -> MaskReader | None:
+def open_mask(source: Source, slide: Slide, cut: Cut, limits: Limits = DEFAULT_LIMITS) -> MaskReader | None:
     """The mask of a slide, None where it has none.
 
     Raises:
@@ -55,14 +57,14 @@ def open_mask(source: Source, slide: Slide, cut: Cut) -> MaskReader | None:
         return None
     if source.scheme is None:
         raise MaskError("what the mask's values mean is not known", source.mask, "give it with --class-map FILE")
-    return open_mask_file(source.mask, source.scheme, slide, cut)
+    return open_mask_file(source.mask, source.scheme, slide, cut, limits)
 
 
-def open_mask_file(path: Path, scheme: Scheme, slide: Slide, cut: Cut) -> MaskReader:
+def open_mask_file(path: Path, scheme: Scheme, slide: Slide, cut: Cut, limits: Limits = DEFAULT_LIMITS) -> MaskReader:
     """``open_mask`` of a mask or annotation file."""
     if path.suffix.lower() in ANNOTATION_SUFFIXES:
         return PolygonMask(path, scheme, slide, cut)
-    return RasterMask(path, scheme, slide, cut)
+    return RasterMask(path, scheme, slide, cut, limits)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class RasterMask:
     pixel's centre. The values of a plain JPEG are taken for the nearest ones that are known.
     """
 
-    def __init__(self, path: Path, scheme: Scheme, slide: Slide, cut: Cut) -> None:
+    def __init__(self, path: Path, scheme: Scheme, slide: Slide, cut: Cut, limits: Limits) -> None:
         self._path, self._scheme = path, scheme
         self._lossy = path.suffix.lower() in _JPEG_SUFFIXES
         self._file: Slide | None = None
@@ -112,7 +114,8 @@ class RasterMask:
             decode: Decode = lambda _: values  # noqa: E731
             _require_fit(grid, slide, path)
         else:
-            self._file = open_slide(path)
+            # Large areas of one value compress a thousandfold, and the slide's size bounds what is read.
+            self._file = open_slide(path, limits=replace(limits, ratio=math.inf))
             try:
                 grid, decode = _level_under(self._file, slide, cut)
             except MaskError:

@@ -48,7 +48,7 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def fit_overview(overview: np.ndarray) -> np.ndarray:
+def to_look_at(overview: np.ndarray) -> np.ndarray:
     """The overview (H, W, 3) at a size to look at, uint8: reduced or enlarged a whole number of times, or as it is."""
     height, width = overview.shape[:2]
     longer = max(height, width)
@@ -75,21 +75,22 @@ def thumbnail(overview: np.ndarray, cut: Cut, corners: np.ndarray, reasons: Sequ
         corners: Candidates' corners in pixels of the cut level, shape (N, 2).
         reasons: Why each was rejected; "" for kept ones.
     """
-    fitted = fit_overview(overview)
+    fitted = to_look_at(overview)
     height, width = fitted.shape[:2]
     picture = np.full((height + _STRIP, max(width, 700), 3), 255, np.uint8)
     picture[_STRIP:, :width] = fitted
-    image = Image.fromarray(picture)
-    draw = ImageDraw.Draw(image)
     to_picture = width / cut.level.width
+    first = np.rint(corners * to_picture + (1, _STRIP + 1)).astype(int).tolist()
+    last = np.rint((corners + cut.span) * to_picture + (-2, _STRIP - 2)).astype(int).tolist()
     order = sorted(range(len(corners)), key=lambda n: reasons[n] == "")  # kept ones are drawn last, on top
     for number in order:
-        x, y = corners[number] * to_picture
-        side = cut.span * to_picture
         reason = reasons[number]
-        box = (x + 1, y + 1 + _STRIP, x + side - 1, y + side - 1 + _STRIP)
-        draw.rectangle(box, outline=COLOURS[reason], width=2 if reason == "" else 1)
-    _legend(draw, reasons)
+        cv2.rectangle(picture, first[number], last[number], COLOURS[reason], 1)
+        if reason == "":
+            inner = [[value + 1 for value in first[number]], [value - 1 for value in last[number]]]
+            cv2.rectangle(picture, *inner, COLOURS[reason], 1)
+    image = Image.fromarray(picture)
+    _legend(ImageDraw.Draw(image), reasons)
     return encoded(np.asarray(image))
 
 

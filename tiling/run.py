@@ -10,16 +10,17 @@ from pathlib import Path
 
 from tiling import claims
 from tiling.datasets import Dataset, Source
-from tiling.drivers import Driver, Job, processes
+from tiling.drivers import Driver, processes
 from tiling.errors import BonyError, UsageError
 from tiling.index import SLIDES, build_index
+from tiling.limits import DEFAULT_LIMITS, Limits
 from tiling.plan import share
 from tiling.progress import progress, say
 from tiling.quarantine import entry, update_quarantine
 from tiling.settings import TileSettings
 from tiling.store import DESCRIPTION, WORK, Description, prepare
 from tiling.summary import summarise, write_page
-from tiling.write import Outcome
+from tiling.write import Job, Outcome
 
 # No slide id begins with it.
 _STORE_CLAIM = "+store"
@@ -56,6 +57,7 @@ def tile(
     settings: TileSettings,
     driver: Driver | None = None,
     part: tuple[int, int] = (1, 1),
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Summary:
     """Tile every source of a data set, or one part of them, into a store; then index it, if nothing is missing.
 
@@ -67,6 +69,7 @@ def tile(
         settings: What decides the store's content.
         driver: Who tiles; this process, if not given.
         part: Which of how many shares, counted from 1: of a Slurm array.
+        limits: What a slide's header may claim.
 
     Returns:
         The summary; the caller turns quarantined slides into exit code 3.
@@ -86,7 +89,7 @@ def tile(
     for remark in dataset.remarks:
         say(f"{dataset.name}: {remark}")
     sources = share(dataset.sources, *part)
-    outcomes = _outcomes(Job(store, settings, dataset.class_names), sources, driver or processes(1))
+    outcomes = _outcomes(Job(store, settings, dataset.class_names, limits), sources, driver or processes(1))
     with claims.claimed(store / WORK, _STORE_CLAIM, wait=_WAIT_SECONDS):
         looked_at = {one.slide_id for one in outcomes if not one.skipped and not one.held}
         told = [one for one in outcomes if one.problem and not one.held]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import google_crc32c
-import imagecodecs
 import numpy as np
 
 from tiling import codec as tile_codec
@@ -121,23 +120,6 @@ class ArrayWriter:
         (self.folder / "zarr.json").write_text(json.dumps(metadata, indent=1))
 
 
-def _decode_into(data: np.ndarray, codec: str, out: np.ndarray) -> None:
-    """Decode the bytes of an item to where it belongs.
-
-    Raises:
-        DamageError: They do not decode to that shape.
-    """
-    try:
-        if codec == "jpeg":
-            imagecodecs.jpeg8_decode(data, out=out)
-            return
-        size = len(imagecodecs.zstd_decode(data, out=memoryview(out).cast("B")))
-    except (RuntimeError, ValueError) as error:
-        raise DamageError(f"does not decode as {codec} ({error})") from error
-    if size != out.size:
-        raise DamageError(f"decodes to {size} bytes, expected {out.size}")
-
-
 class ShardedArray:
     """Reader of one array: every checksum is checked, what is absent is an error. Safe to use from many threads.
 
@@ -215,7 +197,7 @@ class ShardedArray:
                     item = data[begin:end]
                     if not _sound(item, size):
                         raise DamageError(f"{path}: bytes do not match their crc32c")
-                    _decode_into(item[:-_CRC_BYTES], self.codec, out[done])
+                    tile_codec.decode_into(item[:-_CRC_BYTES], self.codec, out[done])
                     done += 1
         except DamageError as error:
             raise DamageError(error.what, f"tile {row}") from error

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -81,7 +81,7 @@ def read_description(store: Place) -> Description:
     Raises:
         StoreError: It is missing, unreadable, of another format version, or does not match its own checksum.
     """
-    value = TILE_STORE.read(cast(Path, store))
+    value = TILE_STORE.read(store)
     place = str(store / DESCRIPTION)
     try:
         settings = TileSettings.from_json(value["settings"])

@@ -17,7 +17,9 @@ from tiling.errors import SlideError
 from tiling.imported import ImportedTiles
 from tiling.index import ROWS, SLIDES
 from tiling.labels import UNLABELLED
+from tiling.limits import DEFAULT_LIMITS, Limits
 from tiling.masks import open_mask
+from tiling.memory import keep_freed_memory
 from tiling.rows import Rows
 from tiling.settings import TileSettings
 from tiling.shard import ArrayWriter
@@ -27,6 +29,23 @@ from tiling.store import MASK_CODEC, MASKS, TILES, WORK
 THUMBNAIL, SHEET = "thumbnail.jpg", "contact.jpg"
 MOST_DEATHS = 5
 _COLOUR_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for every source of a run.
+
+    Args:
+        store: Where the tiles go.
+        settings: What decides the store's content.
+        class_names: Names of the classes, for captions.
+        limits: What a slide's header may claim.
+    """
+
+    store: Path
+    settings: TileSettings
+    class_names: tuple[str, ...] = ()
+    limits: Limits = DEFAULT_LIMITS
 
 
 @dataclass(frozen=True)
@@ -155,7 +174,7 @@ def _caption(label: int, class_names: tuple[str, ...]) -> str:
     return "unlabelled" if label == UNLABELLED else class_names[label]
 
 
-def write_source(store: Path, source: Source, settings: TileSettings, class_names: tuple[str, ...]) -> Outcome:
+def write_source(job: Job, source: Source) -> Outcome:
     """Tile one source into STORE/slides/<slide_id>; whole or not there at all.
 
     A finished folder is left as it is; a broken one is set aside, redone, and then removed.
@@ -167,7 +186,8 @@ def write_source(store: Path, source: Source, settings: TileSettings, class_name
         HeldError: Another job is writing this slide.
         BonyError: The slide cannot be tiled at all; nothing stands at its name.
     """
-    final, work = store / SLIDES / source.slide_id, store / WORK
+    keep_freed_memory()
+    final, work = job.store / SLIDES / source.slide_id, job.store / WORK
     with claims.claimed(work, source.slide_id) as claim:
         _sweep(work, source.slide_id, claim)
         if final.exists() and not atomic.damaged_files(final):
@@ -177,7 +197,7 @@ def write_source(store: Path, source: Source, settings: TileSettings, class_name
             raise SlideError(f"{len(claim.dead)} processes that wrote it died (crash of a decoder, or out of memory?)")
         with atomic.building(final, work, token=claim.token) as folder:
             write = _write_slide if source.image_labels is None else _write_images
-            writer, found = write(folder, source, settings, class_names)
+            writer, found = write(folder, source, job)
             claim.require_held()
         if aside is not None:
             shutil.rmtree(aside)
@@ -207,19 +227,17 @@ def _facts(source: Source, **more: Any) -> dict[str, Any]:
     }
 
 
-def _write_slide(
-    folder: Path, source: Source, settings: TileSettings, class_names: tuple[str, ...]
-) -> tuple[_SlideWriter, _Found]:
+def _write_slide(folder: Path, source: Source, job: Job) -> tuple[_SlideWriter, _Found]:
     """A slide file."""
     with ExitStack() as opened:
-        slide = opened.enter_context(open_slide(source.images[0], settings.slide_mpp))
-        plan = plan_slide(slide, settings)
-        mask = open_mask(source, slide, plan.cut)
+        slide = opened.enter_context(open_slide(source.images[0], job.settings.slide_mpp, job.limits))
+        plan = plan_slide(slide, job.settings)
+        mask = open_mask(source, slide, plan.cut, job.limits)
         if mask is not None:
             opened.callback(mask.close)
-        writer = opened.enter_context(_SlideWriter(folder, settings, len(plan.corners), mask is not None))
+        writer = opened.enter_context(_SlideWriter(folder, job.settings, len(plan.corners), mask is not None))
         jpeg = None if plan.cut.resampled else slide.jpeg(plan.cut.level.index)
-        for candidate in cut_slide(slide, plan, settings, mask, source.scheme):
+        for candidate in cut_slide(slide, plan, job.settings, mask, source.scheme):
             writer.add(candidate, jpeg)
         reasons = writer.rows.reasons
         damaged = reasons.count(DAMAGED)
@@ -232,21 +250,19 @@ def _write_slide(
         remark = remark or ("" if "" in reasons else "no tile kept" if reasons else "no tissue found")
         names = source.scheme.values if source.scheme and mask is not None else ()
         found = _Found(facts, names, plan.damage(damaged), remark)
-        writer.close(folder, found, source.split, class_names)
+        writer.close(folder, found, source.split, job.class_names)
     (folder / THUMBNAIL).write_bytes(pictures.thumbnail(plan.overview, plan.cut, plan.corners, reasons))
     return writer, found
 
 
-def _write_images(
-    folder: Path, source: Source, settings: TileSettings, class_names: tuple[str, ...]
-) -> tuple[_SlideWriter, _Found]:
+def _write_images(folder: Path, source: Source, job: Job) -> tuple[_SlideWriter, _Found]:
     """Images that others have chosen: larger ones are cut, none is filtered."""
     scheme = source.scheme if source.image_masks is not None else None
-    tiles = ImportedTiles(source, settings)
-    with _SlideWriter(folder, settings, len(source.image_labels or ()), scheme is not None) as writer:
+    tiles = ImportedTiles(source, job.settings, job.limits)
+    with _SlideWriter(folder, job.settings, len(source.image_labels or ()), scheme is not None) as writer:
         for candidate, jpeg in tiles:
             writer.add(candidate, jpeg)
         facts = _facts(source, mpp=tiles.mpp, images=len(source.image_labels or ()), fold=source.fold)
         found = _Found(facts, scheme.values if scheme else (), tiles.damage())
-        writer.close(folder, found, source.split, class_names)
+        writer.close(folder, found, source.split, job.class_names)
     return writer, found

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pipeline.commands.parser import OneLineParser, command_parser
+from pipeline.commands.slide_limits import add_limits, limits_of
 from tiling import datasets
 from tiling.errors import EXIT_DONE, EXIT_PARTIAL, UsageError
 from tiling.quarantine import QUARANTINE
@@ -40,6 +41,7 @@ def _parser() -> OneLineParser:
         help="um per level-0 pixel of all slides, overriding the files; recorded",
     )
     add("--batch", type=int, default=64, metavar="N", help="tiles at a time: fewer need less memory")
+    add_limits(parser)
     return parser
 
 
@@ -57,7 +59,7 @@ def run(words: Sequence[str]) -> int:
     from pipeline.runtime import one_device
 
     bundle = open_bundle(args.bundle, one_device())
-    done = predict(slides, bundle, args.out, args.slide_mpp, args.batch)
+    done = predict(slides, bundle, args.out, args.slide_mpp, args.batch, limits=limits_of(args))
     show(done.summaries)
     print(f"{args.out}: {len(done.summaries)} of {len(slides.sources)} slides")
     if done.quarantined:

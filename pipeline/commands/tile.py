@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Sequence
 
+from pipeline.commands.slide_limits import limits_of
 from pipeline.commands.tile_options import dataset_of, settings_of, tile_parser
 from tiling import drivers
 from tiling import run as tiling_run
@@ -35,7 +36,7 @@ def _run(args: Namespace, driver: Driver) -> int:
         return EXIT_DONE
     if args.deidentify:
         dataset = _deidentified(args, dataset)
-    summary = tiling_run.tile(dataset, args.out, settings, driver, args.part)
+    summary = tiling_run.tile(dataset, args.out, settings, driver, args.part, limits_of(args))
     for outcome in summary.held:
         say(f"{outcome.slide_id}: left to the job that holds it")
     kept = sum(outcome.kept for outcome in summary.outcomes)

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from pipeline.commands.parser import OneLineParser, command_parser
+from pipeline.commands.slide_limits import add_limits
 from tiling import datasets, patches
 from tiling.codec import CODECS
 from tiling.datasets import Dataset
@@ -53,6 +54,7 @@ def tile_parser() -> OneLineParser:
     _add_drivers(parser)
     _add_scale_and_filters(parser)
     _add_labels(parser)
+    add_limits(parser)
     return parser
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from pipeline.boxes import kind_of
 from pipeline.commands.parser import command_parser
 from tiling import atomic
-from tiling.audit import store_problems
-from tiling.errors import EXIT_DONE, EXIT_FAILED
+from tiling.audit import repair, store_problems
+from tiling.errors import EXIT_DONE, EXIT_FAILED, UsageError
 
 
 def problems(path: Path) -> list[str]:
@@ -45,7 +45,14 @@ def run(words: Sequence[str]) -> int:
         "bony verify store",
     )
     parser.add_argument("path", type=Path, metavar="STORE_OR_RUN_OR_FEATURES_OR_BUNDLE")
+    about = "a store: move damaged slides aside, so that `bony tile` makes them again, and rebuild its index"
+    parser.add_argument("--repair", action="store_true", help=about)
     args = parser.parse_args(words)
+    if args.repair:
+        if kind_of(args.path) != "store":
+            raise UsageError("only a store can be repaired", args.path, "make that box again")
+        for line in repair(args.path):
+            print(line)
     found = problems(args.path)
     for line in found:
         print(line)
