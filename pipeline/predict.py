@@ -200,14 +200,15 @@ def _predict_slide(
         BonyError: It cannot be read, tiled or scored.
     """
     path = source.images[0]
-    with open_slide(path, bundle.tiling.slide_mpp, limits) as slide:
+    given = bundle.tiling.slide_mpp
+    with open_slide(path, given, limits) as slide:
         stated = None if slide.stated_mpp is None else slide.stated_mpp[0]
         plan = _plan(slide, bundle)
         size = slide.levels[0].width, slide.levels[0].height
         facts: dict[str, Any] = {
             "slide_id": source.slide_id, "file": path.name, "file_bytes": path.stat().st_size,
             "width": size[0], "height": size[1], "tile_px": plan.cut.px, "tile_mpp": plan.cut.mpp,
-            "slide_mpp": slide.mpp, "stated_mpp": stated, "slide_mpp_overridden": bundle.tiling.slide_mpp not in (None, stated),
+            "slide_mpp": slide.mpp, "stated_mpp": stated, "slide_mpp_overridden": given not in (None, stated),
             "bundle_sha256": bundle.sha256, "encoder": bundle.encoder.name, "software": _software(), "note": NOTE,
         }  # fmt: skip
         side = round(plan.cut.span * plan.cut.level.downsample)

@@ -55,7 +55,7 @@ class Thresholds:
         min_sharpness: Least ``sharpness``.
     """
 
-    min_tissue: float = 0.5
+    min_tissue: float = 0.25
     max_empty: float = 0.8
     max_dark: float = 0.1
     max_pen: float = 0.1

@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     """Tell glibc not to hand freed memory back to the kernel, once per process.
 
     A row of decoded segments is freed at once, and the next one needs as much: without this, getting the pages back
-    takes a third of the time of decoding (1.4 instead of 1.0 ms for a JPEG of 512 x 512 px). Peak memory stays the same.
+    takes a third of the time of decoding (1.4 instead of 1.0 ms for a JPEG of 512 x 512 px). The peak is the same.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

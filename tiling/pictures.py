@@ -84,11 +84,10 @@ def thumbnail(overview: np.ndarray, cut: Cut, corners: np.ndarray, reasons: Sequ
     last = np.rint((corners + cut.span) * to_picture + (-2, _STRIP - 2)).astype(int).tolist()
     order = sorted(range(len(corners)), key=lambda n: reasons[n] == "")  # kept ones are drawn last, on top
     for number in order:
-        reason = reasons[number]
-        cv2.rectangle(picture, first[number], last[number], COLOURS[reason], 1)
-        if reason == "":
-            inner = [[value + 1 for value in first[number]], [value - 1 for value in last[number]]]
-            cv2.rectangle(picture, *inner, COLOURS[reason], 1)
+        (x0, y0), (x1, y1), reason = first[number], last[number], reasons[number]
+        for inset in range(2 if reason == "" else 1):
+            corner, opposite = (x0 + inset, y0 + inset), (x1 - inset, y1 - inset)
+            cv2.rectangle(picture, corner, opposite, COLOURS[reason], 1)
     image = Image.fromarray(picture)
     _legend(ImageDraw.Draw(image), reasons)
     return encoded(np.asarray(image))

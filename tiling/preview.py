@@ -194,7 +194,7 @@ def command(dataset: Dataset, settings: TileSettings, out: Path) -> str:
         if value != getattr(base, name):
             words += [_option(name), "native" if value is None else str(value)]
     for one in filters_of(settings.thresholds or Thresholds()):
-        words += [one.option, f"{one.limit:g}"]
+        words += [one.option, str(one.limit)]
     return shlex.join([*words, "--out", str(out)])
 
 
@@ -218,7 +218,7 @@ def histogram(values: np.ndarray, one: Filter) -> dict[str, object]:
     limit = float(np.float32(one.limit))
     if one.most:  # a value that equals the threshold is kept: it belongs to the bar below
         limit = float(np.nextafter(np.float32(limit), np.float32(np.inf)))
-    top = max(float(values.max(initial=0)), limit, 1e-6)
+    top = max(float(values.max(initial=0)), 1.05 * limit, 1e-6)  # the threshold is never at the end
     below = round(BINS * limit / top)
     edges = np.unique([*np.linspace(0, limit, max(below, 1) + 1), *np.linspace(limit, top, max(BINS - below, 1) + 1)])
     counts = np.histogram(values, edges)[0]

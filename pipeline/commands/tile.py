@@ -36,7 +36,7 @@ def _run(args: Namespace, driver: Driver) -> int:
         return EXIT_DONE
     if args.deidentify:
         dataset = _deidentified(args, dataset)
-    summary = tiling_run.tile(dataset, args.out, settings, driver, args.part, limits_of(args))
+    summary = tiling_run.tile(dataset, args.out, settings, driver, args.part or (1, 1), limits_of(args))
     for outcome in summary.held:
         say(f"{outcome.slide_id}: left to the job that holds it")
     kept = sum(outcome.kept for outcome in summary.outcomes)

@@ -63,7 +63,7 @@ def _add_drivers(parser: OneLineParser) -> None:
     who = group.add_mutually_exclusive_group()
     who.add_argument("--workers", type=int, default=1, metavar="N", help="processes, one slide each")
     who.add_argument("--mpi", action="store_true", help="the ranks of an MPI world; the first hands out slides")
-    group.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="only the I-th of N equal shares")
+    group.add_argument("--part", type=_part, metavar="I/N", help="only the I-th of N equal shares")
     group = parser.add_argument_group(
         "de-identification",
         "Slide ids that are not public ones of their data set become keyed hashes. Key and list of names lie beside "

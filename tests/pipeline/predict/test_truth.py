@@ -207,8 +207,8 @@ def test_a_decoder_that_does_not_grade_says_nothing_of_grades(
 
 def test_a_level_of_a_crooked_downsample(make_bundle: MakeBundle, rows_of: RowsOf, tmp_path: Path) -> None:
     """Level 1 is 4.004 times smaller: tiles differ by a pixel of level 0, and join without gap or overlap."""
-    noise = np.random.default_rng(0).integers(60, 200, (165, 231, 3), np.uint8)
-    levels = [cv2.resize(noise, (2310, 1650)), cv2.resize(noise, (577, 412))]
+    noise = np.random.default_rng(0).integers(60, 200, (165, 231, 1), np.uint8) + np.array([40, 0, 30], np.uint8)
+    levels = [cv2.resize(noise, size, interpolation=cv2.INTER_NEAREST) for size in ((2310, 1650), (577, 412))]
     down_x, down_y = 2310 / 577, 1650 / 412
     with tifffile.TiffWriter(tmp_path / "crooked.tiff") as file:
         for number, (level, ratio) in enumerate(zip(levels, (1, down_x), strict=True)):
