@@ -49,6 +49,8 @@ def _run(args: Namespace, driver: Driver) -> int:
         print(f"{args.out / PAGE}: the same with pictures")
     if summary.quarantined:
         print(f"{args.out / QUARANTINE}: {len(summary.quarantined)} slides left out or damaged")
+        if args.deidentify and dataset.ids:
+            print(f"{private_files(args.out, args.id_key)[1]}: which files they are (private)")
     return EXIT_PARTIAL if summary.quarantined or summary.held else EXIT_DONE
 
 

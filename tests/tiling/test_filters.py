@@ -56,7 +56,7 @@ def by_hand(tile: np.ndarray) -> dict[str, float]:
     window = min(7, side)
     steps = range(0, side - window + 1, window)
     texture = np.mean([grey[y : y + window, x : x + window].std() for y in steps for x in steps])
-    bend = cv2.Laplacian(fine, cv2.CV_64F)[1:-1, 1:-1]
+    bend = cv2.Laplacian(fine, cv2.CV_64F)[1:-1:8, 1:-1]
     return {
         "empty": ((low >= 215) & (high - low <= 18)).mean(),
         "dark": dark.mean(),
@@ -144,6 +144,22 @@ def test_what_is_wrong_is_named(tile: np.ndarray, reason: str) -> None:
 )
 def test_colours_of_stains_are_no_ink(colour: tuple[int, int, int]) -> None:
     assert metric(flat(colour), "pen") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        ("empty", (215, 215, 215), (214, 215, 215)), ("empty", (233, 220, 215), (234, 220, 215)),
+        ("dark", (29, 29, 29), (29, 30, 29)), ("pen", (100, 124, 103), (100, 123, 103)),
+        ("pen", (89, 78, 130), (90, 78, 131)), ("pen", (80, 69, 121), (80, 69, 120)),
+        ("pen", (80, 69, 130), (80, 68, 130)), ("pen", (160, 53, 53), (159, 53, 53)),
+        ("pen", (101, 33, 20), (100, 33, 20)),
+        ("pen", (89, 80, 75), (90, 80, 75)), ("pen", (80, 60, 51), (80, 60, 50)), ("pen", (30, 25, 25), (29, 25, 25)),
+    ],
+)  # fmt: skip
+def test_colours_at_the_bounds(name: str, inside: tuple[int, int, int], outside: tuple[int, int, int]) -> None:
+    assert metric(flat(inside, 32), name) == 1
+    assert metric(flat(outside, 32), name) == 0
 
 
 def test_sharpness_does_not_depend_on_contrast() -> None:

@@ -190,6 +190,14 @@ def test_whole_folders_are_named_as_such(cohort: Path, names: str, tmp_path: Pat
     assert words[2 : words.index("--min-tissue")] == [str(path) for path in given]
 
 
+def test_a_slide_beside_one_of_the_same_name_is_named_itself(cohort: Path, tmp_path: Path) -> None:
+    slide = next((cohort / "train_images").glob("*.tiff"))
+    for suffix in (".tiff", ".tif"):
+        shutil.copy(slide, tmp_path / f"one{suffix}")
+    words = shlex.split(command(datasets.slides([tmp_path / "one.tif"]), TileSettings(), tmp_path))
+    assert words[2] == str(tmp_path / "one.tif")
+
+
 def test_what_cannot_be_previewed(cohort_slides: Dataset, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
