@@ -110,12 +110,7 @@ def predict(
         except BonyError as error:
             failed[source.slide_id] = str(error)
             say(f"{source.slide_id}: {error}")
-    folders = _slide_folders(out)
-    if not folders:
-        if [path.name for path in out.iterdir()] == [PREDICTIONS.file]:  # nobody else is at work in it
-            shutil.rmtree(out)
-        raise BonyError(f"no slide could be predicted; the first one: {next(iter(failed.values()))}")
-    summaries = [json.loads(atomic.read_listed(folder, SUMMARY)) for folder in folders]
+    summaries = _summaries(out, failed)
     atomic.write_bytes(out / TABLE, _csv(summaries))
     quarantined = _record_quarantine(out, summaries, failed)
     asked = {source.slide_id for source in slides.sources}
@@ -124,6 +119,16 @@ def predict(
         tuple(summary for summary in summaries if summary["slide_id"] in asked),
         tuple(entry for entry in quarantined if entry["slide_id"] in asked),
     )
+
+
+def _summaries(out: Path, failed: dict[str, str]) -> list[dict[str, Any]]:
+    """summary.json of every finished slide; if there is none, nothing is left."""
+    folders = _slide_folders(out)
+    if not folders:
+        if [path.name for path in out.iterdir()] == [PREDICTIONS.file]:  # nobody else is at work in it
+            shutil.rmtree(out)
+        raise BonyError(f"no slide could be predicted; the first one: {next(iter(failed.values()))}")
+    return [json.loads(atomic.read_listed(folder, SUMMARY)) for folder in folders]
 
 
 def problems(path: Path) -> list[str]:

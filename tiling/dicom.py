@@ -21,12 +21,15 @@ _ITEM_END, _SEQUENCE_END = 0xE00D, 0xE0DD
 def one_per_series(files: Sequence[Path]) -> list[Path]:
     """The first file, by name, of each series in each folder.
 
-    Raises:
-        SlideError: A file is no DICOM, or does not say its series.
+    A file that does not say its series stands for itself: it will be quarantined, and the others go on.
     """
     first: dict[tuple[Path, str], Path] = {}
     for file in sorted(files):
-        first.setdefault((file.parent, series_of(file)), file)
+        try:
+            series = series_of(file)
+        except SlideError:
+            series = f"none: {file.name}"
+        first.setdefault((file.parent, series), file)
     return list(first.values())
 
 

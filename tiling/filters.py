@@ -80,14 +80,30 @@ def measure(tiles: np.ndarray) -> np.ndarray:
     Returns:
         float32, shape (n, len(METRICS)).
     """
-    n = len(tiles)
+    halves = np.empty((len(tiles), *(side // 2 for side in tiles.shape[1:3]), 3), np.uint8)
+    for tile, half in zip(tiles, halves, strict=True):
+        halve(tile, half)
+    return measure_halves(halves)
+
+
+def halve(tile: np.ndarray, out: np.ndarray) -> None:
+    """Area means of 2 x 2 pixels, uint8 (px, px, 3) -> (px // 2, px // 2, 3); an odd last row and column are left out.
+
+    Who has just made a tile halves it at once, while it is still in the processor's cache.
+    """
+    height, width = out.shape[:2]
+    cv2.resize(tile[: 2 * height, : 2 * width], (width, height), dst=out, interpolation=cv2.INTER_AREA)
+
+
+def measure_halves(halves: np.ndarray) -> np.ndarray:
+    """``measure`` of tiles that ``halve`` has halved."""
+    n = len(halves)
     if n == 0:
         return np.zeros((0, len(METRICS)), np.float32)
-    half = _halved(tiles)
-    quarter = _halved(half)
+    quarter = _halved(halves)
     grey = _grey(quarter)
     texture = _texture(grey)
-    sharpness = _laplacian(half) / np.maximum(texture, 1)
+    sharpness = _laplacian(halves) / np.maximum(texture, 1)
     columns = [*(_share(mask, n) for mask in _colours(quarter)), _edges(grey), texture, sharpness]
     return np.stack(columns, axis=1).astype(np.float32)
 

@@ -24,8 +24,8 @@ from tiling.filters import METRICS, REASONS, Thresholds
 from tiling.progress import progress
 from tiling.settings import TileSettings
 from tiling.slide import open_slide
+from tiling.store import PREVIEW
 
-PAGE = "preview.html"
 MOST_SLIDES = 12
 BINS = 48
 _NEAREST, _KEPT = 7, 30
@@ -160,8 +160,8 @@ def preview(dataset: Dataset, settings: TileSettings, out: Path, most: int = MOS
             looks.append(_look(source, settings, findings))
             advance(note=source.slide_id)
     out.mkdir(parents=True, exist_ok=True)
-    atomic.write_bytes(out / PAGE, _page(dataset, settings, out, looks, findings).encode())
-    return out / PAGE
+    atomic.write_bytes(out / PREVIEW, _page(dataset, settings, out, looks, findings).encode())
+    return out / PREVIEW
 
 
 def _look(source: Source, settings: TileSettings, findings: _Findings) -> SlideLook:
@@ -265,7 +265,7 @@ def _page(dataset: Dataset, settings: TileSettings, out: Path, looks: Sequence[S
                 "kept": sorted(findings.within[one.reason].tiles, key=lambda tile: tile[1], reverse=one.most),
             }
         )
-    return environment.get_template(PAGE).render(
+    return environment.get_template(PREVIEW).render(
         dataset=dataset,
         settings=settings,
         command=command(dataset, settings, out),

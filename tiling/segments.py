@@ -6,7 +6,7 @@ segment that no tile needs is never decoded. Damage stays inside its segment.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -80,36 +80,20 @@ class RowReader:
                 self.damaged[number] = error.what
         return held
 
-    def cut(self, x: int, y: int, span: int) -> np.ndarray | None:
-        """Pixels of a box, uint8, (span, span, 3); None when a segment under it is damaged."""
-        pixels, whole = self.cut_all([(x, y)], span)
-        return pixels[0] if whole[0] else None
-
-    def cut_all(self, corners: Sequence[tuple[int, int]], span: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels of boxes in row order, uint8, (n, span, span, 3), and which of them are whole, bool (n,).
-
-        A box with a damaged segment under it is not whole, and black.
-        """
-        out, whole = np.empty((len(corners), span, span, 3), np.uint8), np.ones(len(corners), bool)
-        for place, (x, y) in enumerate(corners):
-            numbers = self.grid.under(x, y, span)
-            self._forget_above(numbers[0] // self.grid.columns)
-            parts = [part for number in numbers if (part := self._segment(number)) is not None]
-            whole[place] = len(parts) == len(numbers)
-            if whole[place]:
-                self._paste(numbers, parts, x, y, out[place])
-            else:
-                out[place] = 0
-        return out, whole
-
-    def _paste(self, numbers: list[int], parts: list[np.ndarray], x: int, y: int, out: np.ndarray) -> None:
-        """Copy what segments hold of the box at x, y into ``out``, (span, span, 3)."""
-        span = len(out)
+    def cut(self, x: int, y: int, span: int, out: np.ndarray | None = None) -> np.ndarray | None:
+        """Pixels of a box, uint8, (span, span, 3), in ``out`` if given; None when a segment under it is damaged."""
+        numbers = self.grid.under(x, y, span)
+        self._forget_above(numbers[0] // self.grid.columns)
+        parts = [part for number in numbers if (part := self._segment(number)) is not None]
+        if len(parts) < len(numbers):
+            return None
+        out = np.empty((span, span, 3), np.uint8) if out is None else out
         for number, pixels in zip(numbers, parts, strict=True):
             left, top = self.grid.corner(number)
             x0, x1 = max(x, left), min(x + span, left + pixels.shape[1])
             y0, y1 = max(y, top), min(y + span, top + pixels.shape[0])
             out[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[y0 - top : y1 - top, x0 - left : x1 - left]
+        return out
 
     def _forget_above(self, row: int) -> None:
         if row > self._row:

@@ -30,6 +30,7 @@ from tiling.stain import SlideColour, normaliser, read_target
 TILE_STORE = Format("tile store", 2, "store.json", StoreError, "bony tile")
 DESCRIPTION = TILE_STORE.file
 WORK = "work"
+PREVIEW = "preview.html"
 TILES, MASKS = "tiles.zarr", "masks.zarr"
 MASK_CODEC = "zstd"
 _CHECKSUM = "sha256"
@@ -137,7 +138,7 @@ def _is_new(store: Path) -> bool:
     """Whether a folder is empty, or holds no more than another part of the same job has just put there."""
     if not store.is_dir():
         return False
-    names = {path.name for path in store.iterdir()}
+    names = {path.name for path in store.iterdir()} - {PREVIEW}
     begun = {name for name in names if name in (SLIDES, DESCRIPTION) or name.startswith(f".{DESCRIPTION}.")}
     return names == begun and (DESCRIPTION in names or SLIDES not in names or not any((store / SLIDES).iterdir()))
 

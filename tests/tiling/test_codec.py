@@ -26,6 +26,12 @@ def jpeg(pixels: np.ndarray, **options: object) -> bytes:
     return out.getvalue()
 
 
+def decoded(data: bytes, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    out = np.zeros(shape, np.uint8)
+    codec.decode_into(np.frombuffer(data, np.uint8), name, out)
+    return out
+
+
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((one.astype(np.float64) - other) ** 2)))
 
@@ -68,9 +74,9 @@ def test_encoding_again_keeps_the_pixels(
     source = imagecodecs.jpeg8_decode(stream)
     tile = np.ascontiguousarray(source[112:336, 112:336])
     settings = codec.jpeg_settings(stream)
-    again = codec.decode(codec.encode(tile, "jpeg", settings), "jpeg", tile.shape)
+    again = decoded(codec.encode(tile, "jpeg", settings), "jpeg", tile.shape)
     assert psnr(again, tile) >= 45
-    assert psnr(again, tile) >= psnr(codec.decode(codec.encode(tile, "jpeg", None), "jpeg", tile.shape), tile)
+    assert psnr(again, tile) >= psnr(decoded(codec.encode(tile, "jpeg", None), "jpeg", tile.shape), tile)
     repeated = codec.jpeg_settings(codec.encode(tile, "jpeg", settings))
     assert repeated == settings
 
@@ -142,7 +148,7 @@ def test_unsound_streams(options: dict[str, object], subsampling: str, rgb: bool
 @pytest.mark.parametrize("name", codec.CODECS)
 def test_roundtrip(name: str, tissue: np.ndarray) -> None:
     tile = np.ascontiguousarray(tissue[:224, :224])
-    again = codec.decode(codec.encode(tile, name, None), name, tile.shape)
+    again = decoded(codec.encode(tile, name, None), name, tile.shape)
     assert again.shape == tile.shape
     assert np.array_equal(again, tile) if name == "zstd" else psnr(again, tile) > 35
 
@@ -150,15 +156,15 @@ def test_roundtrip(name: str, tissue: np.ndarray) -> None:
 @pytest.mark.parametrize("name", codec.CODECS)
 @pytest.mark.parametrize("data", [b"", b"nonsense", b"\xff\xd8\xff\xd9"])
 def test_bytes_that_do_not_decode(name: str, data: bytes) -> None:
-    with pytest.raises(DamageError, match=f"tile does not decode as {name}"):
-        codec.decode(data, name, (16, 16, 3))
+    with pytest.raises(DamageError, match=f"does not decode as {name}|decodes to 0 bytes"):
+        decoded(data, name, (16, 16, 3))
 
 
 @pytest.mark.parametrize("name", codec.CODECS)
 def test_bytes_of_another_shape(name: str) -> None:
     data = codec.encode(np.zeros((16, 16, 3), np.uint8), name, None)
-    with pytest.raises(DamageError, match=r"tile (decodes to shape \(16|does not decode as zstd \(cannot reshape)"):
-        codec.decode(data, name, (32, 32, 3))
+    with pytest.raises(DamageError, match=r"shape=\(16, 16, 3\)|decodes to 768 bytes, expected 3072"):
+        decoded(data, name, (32, 32, 3))
 
 
 def test_unknown_codec() -> None:
@@ -173,5 +179,5 @@ def test_real_source_jpegs(shared_data: Path) -> None:
         assert codec.jpeg_unsound(stream) == ""
         tile = np.ascontiguousarray(source[:224, :224])
         data = codec.encode(tile, "jpeg", codec.jpeg_settings(stream))
-        assert psnr(codec.decode(data, "jpeg", tile.shape), tile) >= 45
+        assert psnr(decoded(data, "jpeg", tile.shape), tile) >= 45
         assert len(data) < 1.15 * len(stream)

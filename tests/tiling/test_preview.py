@@ -24,9 +24,10 @@ from tiling import datasets
 from tiling.datasets import Dataset
 from tiling.errors import UsageError
 from tiling.filters import METRICS, REASONS, Thresholds
-from tiling.preview import PAGE, Filter, command, filters_of, histogram, preview
+from tiling.preview import Filter, command, filters_of, histogram, preview
 from tiling.run import tile
 from tiling.settings import TileSettings
+from tiling.store import PREVIEW
 
 WIDTH = 1280
 # Of the made slides' candidates, each filter rejects some.
@@ -117,8 +118,8 @@ def test_no_bar_is_on_both_sides_of_the_threshold(found: np.ndarray, limit: floa
 def test_nothing_but_the_page_is_written(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--dataset", "panda", "--root", str(cohort), "--out", str(tmp_path / "new/look"), "--preview"]
     assert tile_command.run(words) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'new/look' / PAGE}\n"
-    assert [path.name for path in (tmp_path / "new/look").iterdir()] == [PAGE]
+    assert capsys.readouterr().out == f"{tmp_path / 'new/look' / PREVIEW}\n"
+    assert [path.name for path in (tmp_path / "new/look").iterdir()] == [PREVIEW]
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
@@ -128,7 +129,7 @@ def test_a_store_is_left_as_it_is(
     before = files(own_store)
     preview(cohort_slides, STRICT, own_store)
     after = files(own_store)
-    assert after.pop(PAGE)
+    assert after.pop(PREVIEW)
     assert after == before
 
 
@@ -225,14 +226,14 @@ def browser() -> Iterator[Browser]:
 def test_the_page_needs_nothing_else_and_fits(
     strict: tuple[str, list[dict[str, object]]], tmp_path: Path, browser: Browser
 ) -> None:
-    (tmp_path / PAGE).write_text(strict[0])
+    (tmp_path / PREVIEW).write_text(strict[0])
     window = browser.new_page(viewport={"width": WIDTH, "height": 900})
     asked: list[str] = []
     complaints: list[str] = []
     window.on("request", lambda request: asked.append(request.url))
     window.on("console", lambda message: complaints.append(message.text))
-    window.goto((tmp_path / PAGE).as_uri())
-    assert [url for url in asked if not url.startswith("data:")] == [(tmp_path / PAGE).as_uri()]
+    window.goto((tmp_path / PREVIEW).as_uri())
+    assert [url for url in asked if not url.startswith("data:")] == [(tmp_path / PREVIEW).as_uri()]
     assert window.evaluate("document.documentElement.scrollWidth") <= WIDTH
     pictures = window.evaluate(
         "[...document.images].map(i => [i.alt, i.naturalWidth, i.getBoundingClientRect().width, i.src.slice(0, 30)])"
