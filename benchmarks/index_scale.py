@@ -114,6 +114,7 @@ def in_fresh_process(step: str, store: Path) -> dict[str, float]:
 
 
 def main() -> None:
+    """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="keep the folders here, and take them from here the next time")
     parser.add_argument("--slides", type=int, default=SLIDES_OF_ALL)

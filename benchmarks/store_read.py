@@ -169,6 +169,7 @@ def medians(figures: list[tuple[float, float]]) -> dict[str, float]:
 
 
 def main() -> None:
+    """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stores", type=Path, help="folder of stores jpeg/ and zstd/ made earlier (made when missing)")
     parser.add_argument("--copies", type=int, default=8, help="how many times each slide is in the store")

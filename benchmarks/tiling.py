@@ -45,6 +45,7 @@ FEW_TILES = 1000  # below which a turn is short, and three times as many are tak
 
 
 def main() -> None:
+    """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small slide, one turn: that it runs, no figure")
     parser.add_argument("--peers-dir", type=Path, default=Path("/tmp/bony_peers"), help="holds a venv for each peer")

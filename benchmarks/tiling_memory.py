@@ -26,6 +26,7 @@ LARGE, MIDDLE, QUICK = 60_000, 20_480, 4096
 
 
 def main() -> None:
+    """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small slides: that it runs, no figure")
     parser.add_argument("--work", type=Path, default=Path("/tmp/bony_bench"), help="made slides stay here")

@@ -288,7 +288,7 @@ def test_names_are_kept_when_asked_for(hospital: Path, tmp_path: Path) -> None:
     for place in ("sound", "cut", "nonsense"):
         assert any(line.endswith(f": {place}") for line in found)
     assert any(line.startswith("store/index.parquet") for line in found)
-    assert {"sound", "cut"} <= words_in((tmp_path / "log").read_bytes())
+    assert "cut" in words_in((tmp_path / "log").read_bytes())
 
 
 @pytest.mark.slow

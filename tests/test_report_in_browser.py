@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from pipeline.commands import predict, report
 from pipeline.commands.parser import pretrain_config
@@ -36,18 +35,6 @@ MEASURE = """() => ({
         return {alt: image.alt, natural: image.naturalWidth, left: box.left, right: box.right};
     }),
 })"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        text = "no chromium; apt-get install chromium"
-        pytest.fail(text) if "CI" in os.environ else pytest.skip(f"left out: {text}")
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture

@@ -64,25 +64,37 @@ def processes(count: int) -> Driver:
     if count < 1:
         raise UsageError(f"--workers is {count}, must be at least 1")
 
-    def here(job: Job, sources: Sequence[Source]) -> Iterator[Outcome]:
-        yield from (attempt(job, source) for source in sources)
-
-    def pooled(job: Job, sources: Sequence[Source]) -> Iterator[Outcome]:
-        waiting = {source.slide_id: source for source in sources}
-        while waiting:
-            yield from _until_a_worker_dies(job, waiting, count)
-            # Its slide is among those whose claims are left; alone, only the one that kills its worker does so again.
-            suspects = [name for name in waiting if claims.is_claimed(job.store / WORK, name)]
-            for name in suspects:
-                alone = {name: waiting.pop(name)}
-                yield from _until_a_worker_dies(job, alone, 1)
-                for dead in alone:
-                    give_up(job.store, dead)
-                    yield Outcome(dead, problem=_KILLS, written=False)
-
-    return here if count == 1 else pooled
+    return _here if count == 1 else partial(_in_pool, count)
 
 
+def _here(job: Job, sources: Sequence[Source]) -> Iterator[Outcome]:
+    yield from (attempt(job, source) for source in sources)
+
+
+def _in_pool(count: int, job: Job, sources: Sequence[Source]) -> Iterator[Outcome]:
+    """Outcomes as they come; when a worker dies, the slides go on without the one that killed it.
+
+    Raises:
+        BonyError: Workers die before they begin a slide.
+    """
+    waiting, idle = {source.slide_id: source for source in sources}, 0
+    while waiting:
+        before = len(waiting)
+        yield from _until_a_worker_dies(job, waiting, count)
+        # Its slide is among those whose claims are left; alone, only the one that kills its worker does so again.
+        suspects = [name for name in waiting if claims.is_claimed(job.store / WORK, name)]
+        for name in suspects:
+            alone = {name: waiting.pop(name)}
+            yield from _until_a_worker_dies(job, alone, 1)
+            for dead in alone:
+                give_up(job.store, dead)
+                yield Outcome(dead, problem=_KILLS, written=False)
+        idle = idle + 1 if len(waiting) == before else 0
+        if idle == _IDLE_POOLS:
+            raise BonyError("worker processes die before they begin a slide", do="use fewer --workers, or see dmesg")
+
+
+_IDLE_POOLS = 3
 _KILLS = "the process that wrote it died twice, the second time alone (a decoder's crash, or out of memory)"
 
 

@@ -182,6 +182,7 @@ def _padded(grid: SegmentGrid, decode: Decode, side: int) -> RowReader:
     wide = SegmentGrid(grid.width + side, grid.height + side, grid.segment_width, grid.segment_height)
 
     def first_channel(number: int) -> np.ndarray:
+        """A segment's values, (h, w, 1)."""
         row, column = divmod(number, wide.columns)
         out = np.zeros((grid.segment_height, grid.segment_width, 1), np.uint8)
         if row < grid.rows and column < grid.columns:

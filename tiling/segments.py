@@ -57,7 +57,7 @@ class RowReader:
 
     Args:
         grid: Segments of the level.
-        decode: Segment number -> pixels, uint8, shape (h, w, 3); raises SlideError for a damaged one.
+        decode: Segment number -> pixels, uint8, shape (h, w, channels); raises SlideError for a damaged one.
     """
 
     grid: SegmentGrid
@@ -81,13 +81,13 @@ class RowReader:
         return held
 
     def cut(self, x: int, y: int, span: int, out: np.ndarray | None = None) -> np.ndarray | None:
-        """Pixels of a box, uint8, (span, span, 3), in ``out`` if given; None when a segment under it is damaged."""
+        """Pixels of a box, uint8 (span, span, channels), in ``out`` if given; None when a segment under it is damaged."""
         numbers = self.grid.under(x, y, span)
         self._forget_above(numbers[0] // self.grid.columns)
         parts = [part for number in numbers if (part := self._segment(number)) is not None]
         if len(parts) < len(numbers):
             return None
-        out = np.empty((span, span, 3), np.uint8) if out is None else out
+        out = np.empty((span, span, parts[0].shape[2]), np.uint8) if out is None else out
         for number, pixels in zip(numbers, parts, strict=True):
             left, top = self.grid.corner(number)
             x0, x1 = max(x, left), min(x + span, left + pixels.shape[1])

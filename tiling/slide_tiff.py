@@ -155,6 +155,7 @@ class TiffSlide(Slide):
         background = np.full((eighths.segment_height, eighths.segment_width, 3), BACKGROUND, np.uint8)
 
         def decode(number: int) -> np.ndarray:
+            """An eighth of a segment."""
             if not segments.sizes[0, number]:
                 return background
             try:

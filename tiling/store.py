@@ -269,6 +269,7 @@ class TileStore:
         order = np.lexsort((self._row[rows], slides))  # as they lie on disk
 
         def fill(places: np.ndarray) -> None:
+            """Read the tiles of some places of the batch."""
             for group in np.split(places, np.flatnonzero(np.diff(slides[places])) + 1):
                 slide, tiles = int(slides[group[0]]), [target[place] for place in group.tolist()]
                 self._read_slide(slide, rows[group], tiles, TILES)

@@ -44,6 +44,7 @@ def plane(grid: np.ndarray, name: str, box: tuple[int, int, int], side: tuple[in
 
 
 def main(folder: Path) -> None:
+    """Run it."""
     plan = json.loads((folder / "cut.json").read_text())
     grid = np.array([[str(folder / f"{row}-{column}.jpg") for column in range(plan["columns"])]
                      for row in range(plan["rows"])], object)  # fmt: skip

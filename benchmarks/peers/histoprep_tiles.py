@@ -20,6 +20,7 @@ def cpu_seconds() -> float:
 
 
 def main(slide: str, out: str) -> None:
+    """Run it."""
     start = cpu_seconds()
     reader = SlideReader(slide)
     _, tissue = reader.get_tissue_mask()

@@ -23,6 +23,7 @@ def cpu_seconds() -> float:
 
 
 def main(slide: str, out: str) -> None:
+    """Run it."""
     start = cpu_seconds()
     tiling = hs2p.TilingConfig(
         requested_spacing_um=0.5, requested_tile_size_px=224, tolerance=0.12, overlap=0.0, backend="openslide"

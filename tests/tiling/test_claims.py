@@ -98,8 +98,8 @@ def test_a_zombie_is_dead(tmp_path: Path) -> None:
     process.kill()
     while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
-    with claimed(tmp_path, "a"):
-        pass
+    with claimed(tmp_path, "a") as claim:
+        assert len(claim.dead) == 1
     stop(process)
 
 

@@ -1,12 +1,11 @@
 """The preview: it says what tiling would do, of which slides, and shows the tiles nearest to each threshold."""
 
 import base64
-import os
 import re
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
 from pipeline.commands import tile as tile_command
 from pipeline.commands.tile_options import dataset_of, settings_of, tile_parser
@@ -209,18 +208,6 @@ def test_what_cannot_be_previewed(cohort_slides: Dataset, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="no slide to preview"):
         preview(Dataset("slides", ()), TileSettings(), tmp_path / "look")
     assert list(tmp_path.iterdir()) == [file]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        text = "no chromium; apt-get install chromium"
-        pytest.fail(text) if "CI" in os.environ else pytest.skip(f"left out: {text}")
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 def test_the_page_needs_nothing_else_and_fits(

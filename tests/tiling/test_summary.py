@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from tiling.atomic import COMPLETE
 from tiling.codec import encode_jpeg
@@ -138,18 +137,6 @@ def test_the_page_depends_on_the_store_alone(store: Path, tmp_path: Path) -> Non
     assert b"tiles/s" not in first
     assert b"tiles/s" in write_page(store, summarise(store), Pace(6, 1.5)).read_bytes()
     assert str(tmp_path).encode() not in first
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        text = "no chromium; apt-get install chromium"
-        pytest.fail(text) if "CI" in os.environ else pytest.skip(f"left out: {text}")
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture
