@@ -81,7 +81,7 @@ class RowReader:
         return held
 
     def cut(self, x: int, y: int, span: int, out: np.ndarray | None = None) -> np.ndarray | None:
-        """Pixels of a box, uint8 (span, span, channels), in ``out`` if given; None when a segment under it is damaged."""
+        """Pixels of a box, uint8 (span, span, channels), in ``out`` if given; None where a segment is damaged."""
         numbers = self.grid.under(x, y, span)
         self._forget_above(numbers[0] // self.grid.columns)
         parts = [part for number in numbers if (part := self._segment(number)) is not None]

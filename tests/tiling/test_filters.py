@@ -169,6 +169,14 @@ def test_sharpness_does_not_depend_on_contrast() -> None:
     assert metric(blurred, "sharpness") < 0.6 * metric(grain(), "sharpness")
 
 
+@pytest.mark.parametrize("step", [1, 2, 4, 12])
+def test_faint_tiles_are_not_sharpened_by_division(step: int) -> None:
+    """Texture below one grey level is noise: it divides nothing."""
+    faint = np.where(grain()[..., :1] > 150, 200, 200 - step).astype(np.uint8).repeat(3, axis=2)
+    found = dict(zip(METRICS, measure(faint[None])[0].tolist(), strict=True))
+    assert found == pytest.approx(by_hand(faint), rel=1e-3, abs=1e-3)
+
+
 def test_each_threshold_is_the_last_value_that_is_kept() -> None:
     good = {"empty": 0.0, "dark": 0.0, "pen": 0.0, "edges": 1.0, "texture": 255.0, "sharpness": 255.0}
     for field in fields(Thresholds)[1:]:

@@ -122,6 +122,15 @@ def test_nothing_but_the_page_is_written(cohort: Path, tmp_path: Path, capsys: p
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+def test_tiling_goes_on_where_the_preview_was(cohort: Path, tmp_path: Path) -> None:
+    words = ["--dataset", "panda", "--root", str(cohort), "--out", str(tmp_path / "look")]
+    assert tile_command.run([*words, "--preview"]) == 0
+    page = (tmp_path / "look" / PREVIEW).read_bytes()
+    assert tile_command.run(words) == 0
+    assert len(list((tmp_path / "look/slides").iterdir())) == 3
+    assert (tmp_path / "look" / PREVIEW).read_bytes() == page
+
+
 def test_a_store_is_left_as_it_is(
     own_store: Path, cohort_slides: Dataset, files: Callable[[Path], dict[str, str]]
 ) -> None:
@@ -150,12 +159,38 @@ def test_slides_that_cannot_be_read_are_told(own_cohort: Path, tmp_path: Path) -
     assert page.count("Left out: ") == 1
     assert re.search(rf"Left out: [^<]*{images[0].name}", page)
     assert page.count("candidates kept") == 2
+    assert "<h3>&lt;b&gt;&amp;</h3>" in page
     for image in (own_cohort / "train_images").iterdir():
         image.write_bytes(b"nothing")
     page = preview(datasets.slides([own_cohort / "train_images"]), TileSettings(), tmp_path / "look").read_text()
     assert page.count("Left out: ") == 3
     assert "No tile would be kept" in page
     assert fates(page) == {"kept": 0}
+
+
+def test_damage_is_told(own_cohort: Path, spoil: Callable[..., tuple[int, int, int, int]], tmp_path: Path) -> None:
+    slide = sorted((own_cohort / "train_images").glob("*.tiff"))[0]
+    for number in range(6):
+        spoil(slide, number)
+    page = preview(datasets.slides([slide]), TileSettings(), tmp_path / "look").read_text()
+    dropped = fates(page)["damaged in the file"]
+    assert f"{dropped} tiles lie on damaged segments and were dropped" in page
+    assert page.count("candidates kept") == 1
+
+
+def test_a_fluorescence_slide_is_told(shared_data: Path, tmp_path: Path) -> None:
+    found = datasets.slides([shared_data / "wsi/test3-DAPI-2-387.ndpi"])
+    page = preview(found, TileSettings(mpp=None), tmp_path / "look").read_text()
+    assert "does not look like bright-field: dark background" in page
+
+
+def test_the_given_scale_is_used(cohort_slides: Dataset, tmp_path: Path) -> None:
+    settings = TileSettings(slide_mpp=0.25)
+    page = preview(cohort_slides, settings, tmp_path / "look").read_text()
+    tile(cohort_slides, tmp_path / "store", settings)
+    rows = [pq.read_table(path)["reason"].to_pylist() for path in tmp_path.glob("store/slides/*/rows.parquet")]
+    assert fates(page)["kept"] == sum(reasons.count("") for reasons in rows) > 0
+    assert sum(fates(page).values()) == sum(map(len, rows))
 
 
 @pytest.mark.parametrize(
