@@ -174,7 +174,7 @@ def test_faint_tiles_are_not_sharpened_by_division(step: int) -> None:
     """Texture below one grey level is noise: it divides nothing."""
     faint = np.where(grain()[..., :1] > 150, 200, 200 - step).astype(np.uint8).repeat(3, axis=2)
     found = dict(zip(METRICS, measure(faint[None])[0].tolist(), strict=True))
-    assert found == pytest.approx(by_hand(faint), rel=1e-3, abs=1e-3)
+    assert found == pytest.approx(by_hand(faint), rel=5e-3, abs=5e-3)
 
 
 def test_each_threshold_is_the_last_value_that_is_kept() -> None:
