@@ -20,8 +20,9 @@ NO_TISSUE, FLAT, DAMAGED = "tissue", "flat", "damaged"
 NOT_BRIGHTFIELD = "does not look like bright-field: dark background"
 # Lumina of large benign glands and small vessels are about this large.
 LARGEST_HOLE_UM2 = 30_000.0
-# Compressed bytes per pixel up to which a segment shows nothing: a JPEG of one colour, 4:2:0, has 0.016 of them.
-FLAT_BYTES = 0.02
+# Up to so many compressed bytes, and so many per pixel, a segment shows nothing: a JPEG of one colour has some 600 of
+# tables and, at 4:2:0, 0.016 per pixel; stained tissue has more than 0.1.
+FLAT_HEADER, FLAT_BYTES = 700, 0.02
 # So many bytes of source pixels are cut and measured together: enough to share the cost of a call, few enough to stay
 # in the processor's cache.
 _BATCH_BYTES = 1 << 23
@@ -169,7 +170,7 @@ def _flat(slide: Slide, plan: Plan) -> np.ndarray:
     sizes, grid = slide.compressed_sizes(level), slide.segment_grid(level)
     if sizes is None:
         return np.zeros(len(plan.corners), bool)
-    shown = sizes > FLAT_BYTES * grid.segment_width * grid.segment_height
+    shown = sizes > FLAT_HEADER + FLAT_BYTES * grid.segment_width * grid.segment_height
     sums = np.pad(shown.reshape(grid.rows, grid.columns).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
     x0, y0 = (plan.corners // (grid.segment_width, grid.segment_height)).T
     x1, y1 = ((plan.corners + span - 1) // (grid.segment_width, grid.segment_height)).T + 1

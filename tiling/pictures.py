@@ -56,7 +56,7 @@ def to_look_at(overview: np.ndarray) -> np.ndarray:
         factor = -(-longer // MOST_SIDE)
         size = max(1, width // factor), max(1, height // factor)
         return np.asarray(cv2.resize(overview, size, interpolation=cv2.INTER_AREA))
-    factor = max(1, LEAST_SIDE // longer)
+    factor = -(-LEAST_SIDE // longer)
     size = width * factor, height * factor
     return np.asarray(cv2.resize(overview, size, interpolation=cv2.INTER_LINEAR)) if factor > 1 else overview
 

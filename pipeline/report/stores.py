@@ -18,7 +18,7 @@ from pipeline.report import figures
 from pipeline.report.page import Note, Part, Picture, Row, Section, Table
 from pipeline.report.text import DASH, count, counted, facts, share
 from tiling import atomic
-from tiling.cut import DAMAGED
+from tiling.cut import DAMAGED, FLAT
 from tiling.errors import DamageError, StoreError
 from tiling.filters import Thresholds
 from tiling.index import ROWS, read_index, slide_facts, slide_folders
@@ -165,13 +165,16 @@ def _class_bars(about: Description, slides: Sequence[_Slide]) -> list[Picture]:
 def _rejections(limits: Thresholds | None, slides: Sequence[_Slide]) -> Table:
     """Candidates by fate."""
     reasons = sum((slide.reasons for slide in slides), Counter[str]())
-    why = {"": "kept", DAMAGED: "on a damaged source segment"}
+    why = {"": "kept", DAMAGED: "on a damaged source segment", FLAT: "on segments compressed to nothing"}
     if limits is not None:
         why |= {
             "tissue": f"tissue on less than {limits.min_tissue:g} of the tile",
             "empty": f"near-white on more than {limits.max_empty:g}",
+            "dark": f"black on more than {limits.max_dark:g}",
+            "pen": f"ink of a pen on more than {limits.max_pen:g}",
             "edges": f"edges on less than {limits.min_edges:g}",
             "texture": f"local contrast below {limits.min_texture:g} grey levels",
+            "blur": f"out of focus: sharpness below {limits.min_sharpness:g}",
         }
     total = reasons.total()
     rows = [

@@ -142,7 +142,7 @@ def test_store(store: Path) -> None:
         assert re.search(rf"^{folder.name} \| .* \| {len(rows)} \| {sum(rows)} \| ", said, re.MULTILINE)
         assert f"{folder.name}: some of its tiles" in said
     assert re.search(rf"^kept \| {len(table)} \|", said, re.MULTILINE)
-    assert "tissue on less than 0.5 of the tile" in said
+    assert "tissue on less than 0.25 of the tile" in said
 
 
 def test_large_store_has_a_short_table(store: Path, tmp_path: Path) -> None:
