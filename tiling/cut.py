@@ -191,16 +191,18 @@ def _decoded(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pixels, uint8 (len(seen), px, px, 3), and metrics of a batch's candidates; ``reasons`` gets their verdicts."""
     cut, half = plan.cut, plan.cut.px // 2
-    tiles = np.zeros((len(seen), cut.px, cut.px, 3), np.uint8)
-    halves = np.zeros((len(seen), half, half, 3), np.uint8)
+    tiles = np.empty((len(seen), cut.px, cut.px, 3), np.uint8)
+    halves = np.empty((len(seen), half, half, 3), np.uint8)
     whole = np.zeros(len(seen), bool)
     for place, (x, y) in enumerate(plan.corners[batch][seen].tolist()):
         pixels = reader.cut(x, y, cut.span, None if cut.resampled else tiles[place])
-        if pixels is not None:
-            whole[place] = True
-            if cut.resampled:
-                cv2.resize(pixels, (cut.px, cut.px), dst=tiles[place], interpolation=cv2.INTER_AREA)
-            filters.halve(tiles[place], halves[place])
+        whole[place] = pixels is not None
+        if pixels is None:
+            tiles[place], halves[place] = 0, 0
+            continue
+        if cut.resampled:
+            cv2.resize(pixels, (cut.px, cut.px), dst=tiles[place], interpolation=cv2.INTER_AREA)
+        filters.halve(tiles[place], halves[place])
     metrics = filters.measure_halves(halves)
     verdicts = filters.verdicts(metrics, limits) if limits is not None else [""] * len(seen)
     for place, n in enumerate(seen):
