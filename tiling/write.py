@@ -192,15 +192,16 @@ def write_source(job: Job, source: Source) -> Outcome:
         _sweep(work, source.slide_id, claim)
         if final.exists() and not atomic.damaged_files(final):
             return Outcome(source.slide_id, skipped=True)
-        aside = atomic.set_aside(final, work) if final.exists() else None
+        if final.exists():
+            atomic.set_aside(final, work)
         if len(claim.dead) >= MOST_DEATHS:
             raise SlideError(f"{len(claim.dead)} processes that wrote it died (crash of a decoder, or out of memory?)")
         with atomic.building(final, work, token=claim.token) as folder:
             write = _write_slide if source.image_labels is None else _write_images
             writer, found = write(folder, source, job)
             claim.require_held()
-        if aside is not None:
-            shutil.rmtree(aside)
+        for broken in work.glob(f"{source.slide_id}.broken*"):
+            shutil.rmtree(broken)
     kept = writer.rows.reasons.count("")
     return Outcome(source.slide_id, kept, writer.bytes, found.damage, remark=found.remark)
 
