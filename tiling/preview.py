@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tiling import atomic, pictures
 from tiling.cut import DAMAGED, NO_TISSUE, NOT_BRIGHTFIELD, Candidate, cut_slide, plan_slide
 from tiling.datasets import Dataset, Source, slides
 from tiling.errors import BonyError, UsageError
 from tiling.filters import METRICS, REASONS, Thresholds
+from tiling.pages import template
 from tiling.progress import progress
 from tiling.settings import TileSettings
 from tiling.slide import open_slide
@@ -242,13 +242,6 @@ def _data_uri(jpeg: bytes) -> str:
 
 
 def _page(dataset: Dataset, settings: TileSettings, out: Path, looks: Sequence[SlideLook], findings: _Findings) -> str:
-    environment = Environment(
-        loader=PackageLoader("tiling", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     fates = sum((look.fates for look in looks), Counter[str]())
     shown = []
     for one in findings.filters:
@@ -265,7 +258,7 @@ def _page(dataset: Dataset, settings: TileSettings, out: Path, looks: Sequence[S
                 "kept": sorted(findings.within[one.reason].tiles, key=lambda tile: tile[1], reverse=one.most),
             }
         )
-    return environment.get_template(PREVIEW).render(
+    return template("tiling", "", PREVIEW).render(
         dataset=dataset,
         settings=settings,
         command=command(dataset, settings, out),

@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tiling import claims
 from tiling.datasets import Dataset, Source
@@ -19,7 +20,7 @@ from tiling.progress import progress, say
 from tiling.quarantine import entry, update_quarantine
 from tiling.settings import TileSettings
 from tiling.store import DESCRIPTION, WORK, Description, prepare
-from tiling.summary import summarise, write_page
+from tiling.summary import StoreSummary, summarise, write_page
 from tiling.write import Job, Outcome
 
 # No slide id begins with it.
@@ -37,6 +38,7 @@ class Summary:
         quarantined: Ids of these sources that quarantine.jsonl lists: left out, or damaged in part, now or earlier.
         missing: How many slides of the data set are neither in the store nor left out: other tasks' or jobs'.
         seconds: How long it took.
+        totals: What the whole store holds now.
     """
 
     store: Path
@@ -44,6 +46,7 @@ class Summary:
     quarantined: tuple[str, ...]
     missing: int
     seconds: float
+    totals: StoreSummary
 
     @property
     def held(self) -> tuple[Outcome, ...]:
@@ -96,21 +99,27 @@ def tile(
         problems = [entry(one.slide_id, not one.written, one.problem) for one in told]
         lines = update_quarantine(store, problems, looked_at)
         left_out = {line["slide_id"] for line in lines if line["left_out"]}
+        totals = summarise(store)
         present = {path.name for path in (store / SLIDES).iterdir()}
         missing = {source.slide_id for source in dataset.sources} - present - left_out
         if present and (not missing or part == (1, 1)):
             build_index(store)
-            write_page(store, summarise(store))
+            write_page(store, totals)
     if not present and not missing:
-        first = next(line for line in lines if line["left_out"])
-        what = f"no slide could be tiled; the first one: {first['slide_id']}: {first['reason']}"
-        if is_new and part == (1, 1):
-            shutil.rmtree(store)
-            raise BonyError(what, do="no store was left")
-        raise BonyError(what, store)
+        raise _nothing_tiled(store, lines, remove=is_new and part == (1, 1))
     listed = {line["slide_id"] for line in lines}
     quarantined = tuple(outcome.slide_id for outcome in outcomes if outcome.slide_id in listed)
-    return Summary(store, tuple(outcomes), quarantined, len(missing), time.monotonic() - start)
+    return Summary(store, tuple(outcomes), quarantined, len(missing), time.monotonic() - start, totals)
+
+
+def _nothing_tiled(store: Path, lines: list[dict[str, Any]], remove: bool) -> BonyError:
+    """The error for a store without a slide, which is removed if this run made it."""
+    first = next(line for line in lines if line["left_out"])
+    what = f"no slide could be tiled; the first one: {first['slide_id']}: {first['reason']}"
+    if not remove:
+        return BonyError(what, store)
+    shutil.rmtree(store)
+    return BonyError(what, do="no store was left")
 
 
 def _outcomes(job: Job, sources: list[Source], driver: Driver) -> list[Outcome]:

@@ -15,7 +15,6 @@ from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +22,7 @@ from rich.text import Text
 from tiling import atomic
 from tiling.errors import DamageError
 from tiling.index import METADATA_KEY, ROWS, slide_folders
+from tiling.pages import template
 from tiling.pictures import COLOURS, NAMES
 from tiling.quarantine import read_quarantine
 from tiling.store import read_description
@@ -240,15 +240,8 @@ def write_page(store: Path, summary: StoreSummary, pace: Pace | None = None) -> 
     Returns:
         The page.
     """
-    environment = Environment(
-        loader=PackageLoader("tiling", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     about = read_description(store)
-    html = environment.get_template(PAGE).render(
+    html = template("tiling", "", PAGE).render(
         about=about,
         facts=_facts(summary, pace),
         summary=summary,

@@ -190,10 +190,8 @@ def write_source(job: Job, source: Source) -> Outcome:
     final, work = job.store / SLIDES / source.slide_id, job.store / WORK
     with claims.claimed(work, source.slide_id) as claim:
         _sweep(work, source.slide_id, claim)
-        if final.exists() and not atomic.damaged_files(final):
+        if atomic.stands(final, work):
             return Outcome(source.slide_id, skipped=True)
-        if final.exists():
-            atomic.set_aside(final, work)
         if len(claim.dead) >= MOST_DEATHS:
             raise SlideError(f"{len(claim.dead)} processes that wrote it died (crash of a decoder, or out of memory?)")
         with atomic.building(final, work, token=claim.token) as folder:

@@ -14,7 +14,7 @@ from tiling.identity import deidentified, private_files
 from tiling.progress import say
 from tiling.quarantine import QUARANTINE
 from tiling.store import DESCRIPTION, read_description
-from tiling.summary import PAGE, Pace, print_table, summarise
+from tiling.summary import PAGE, Pace, print_table
 
 
 def run(words: Sequence[str]) -> int:
@@ -40,7 +40,7 @@ def _run(args: Namespace, driver: Driver) -> int:
     for outcome in summary.held:
         say(f"{outcome.slide_id}: left to the job that holds it")
     kept = sum(outcome.kept for outcome in summary.outcomes)
-    print_table(summarise(args.out), Pace(kept, summary.seconds))
+    print_table(summary.totals, Pace(kept, summary.seconds))
     skipped = sum(outcome.skipped for outcome in summary.outcomes)
     print(f"{args.out}: {len(summary.outcomes)} slides ({skipped} were there already), {kept} new tiles")
     if summary.missing:

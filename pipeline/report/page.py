@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from tiling import atomic
+from tiling.pages import template
 
 _NUMBER = re.compile(r"[<>]?-?\d[\d,.]*(e[+-]?\d+)?( %)?")
 
@@ -186,14 +186,7 @@ def write_page(
     for number, box in enumerate(boxes, 1):
         for name in (str(box.path), *box.section.identities):
             anchors.setdefault(name, f"box-{number}")
-    environment = Environment(
-        loader=PackageLoader("pipeline", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("page.html").render(
+    html = template("pipeline", "report", "page.html").render(
         title=title, notes=notes, comparisons=comparisons, boxes=boxes, anchors=anchors, text_of=text_of
     )
     atomic.write_bytes(path, html.encode())
