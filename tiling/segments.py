@@ -8,6 +8,7 @@ segment that no tile needs is never decoded. Damage stays inside its segment.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import cv2
 import numpy as np
@@ -24,12 +25,12 @@ class SegmentGrid:
     segment_width: int
     segment_height: int
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """Segments per row."""
         return -(-self.width // self.segment_width)
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows of segments."""
         return -(-self.height // self.segment_height)
@@ -90,9 +91,10 @@ class RowReader:
         out = np.empty((span, span, parts[0].shape[2]), np.uint8) if out is None else out
         for number, pixels in zip(numbers, parts, strict=True):
             left, top = self.grid.corner(number)
-            x0, x1 = max(x, left), min(x + span, left + pixels.shape[1])
-            y0, y1 = max(y, top), min(y + span, top + pixels.shape[0])
-            out[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[y0 - top : y1 - top, x0 - left : x1 - left]
+            left, top = left - x, top - y
+            # Slices end by themselves where the box or the segment ends.
+            box = out[max(top, 0) : top + pixels.shape[0], max(left, 0) : left + pixels.shape[1]]
+            box[:] = pixels[max(-top, 0) : span - top, max(-left, 0) : span - left]
         return out
 
     def _forget_above(self, row: int) -> None:
