@@ -20,6 +20,7 @@ from tiling.cut import DAMAGED, NO_TISSUE, NOT_BRIGHTFIELD, Candidate, cut_slide
 from tiling.datasets import Dataset, Source, slides
 from tiling.errors import BonyError, UsageError
 from tiling.filters import METRICS, REASONS, Thresholds
+from tiling.limits import DEFAULT_LIMITS, Limits
 from tiling.pages import template
 from tiling.progress import progress
 from tiling.settings import TileSettings
@@ -129,7 +130,9 @@ def filters_of(limits: Thresholds) -> list[Filter]:
     ]
 
 
-def preview(dataset: Dataset, settings: TileSettings, out: Path, most: int = MOST_SLIDES) -> Path:
+def preview(
+    dataset: Dataset, settings: TileSettings, out: Path, most: int = MOST_SLIDES, limits: Limits = DEFAULT_LIMITS
+) -> Path:
     """Write OUT/preview.html, atomically; nothing else in ``out`` is touched.
 
     Args:
@@ -137,6 +140,7 @@ def preview(dataset: Dataset, settings: TileSettings, out: Path, most: int = MOS
         settings: With which settings.
         out: The folder for the page, made if need be; it may be a store.
         most: Slides that are looked at; of more, an even sample.
+        limits: What a slide's header may claim.
 
     Returns:
         The page.
@@ -157,17 +161,17 @@ def preview(dataset: Dataset, settings: TileSettings, out: Path, most: int = MOS
     with progress("preview", len(chosen), "slides") as advance:
         for number in chosen:
             source = dataset.sources[number]
-            looks.append(_look(source, settings, findings))
+            looks.append(_look(source, settings, findings, limits))
             advance(note=source.slide_id)
     out.mkdir(parents=True, exist_ok=True)
     atomic.write_bytes(out / PREVIEW, _page(dataset, settings, out, looks, findings).encode())
     return out / PREVIEW
 
 
-def _look(source: Source, settings: TileSettings, findings: _Findings) -> SlideLook:
+def _look(source: Source, settings: TileSettings, findings: _Findings, limits: Limits) -> SlideLook:
     """One slide, or why it could not be read."""
     try:
-        with open_slide(source.images[0], settings.slide_mpp) as slide:
+        with open_slide(source.images[0], settings.slide_mpp, limits) as slide:
             plan = plan_slide(slide, settings)
             reasons = []
             for candidate in cut_slide(slide, plan, settings):

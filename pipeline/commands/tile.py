@@ -32,7 +32,7 @@ def _run(args: Namespace, driver: Driver) -> int:
     if args.preview:
         from tiling.preview import preview
 
-        print(preview(dataset, settings, args.out))
+        print(preview(dataset, settings, args.out, limits=limits_of(args)))
         return EXIT_DONE
     if args.deidentify:
         dataset = _deidentified(args, dataset)

@@ -169,6 +169,13 @@ def test_slides_that_cannot_be_read_are_told(own_cohort: Path, tmp_path: Path) -
     assert fates(page) == {"kept": 0}
 
 
+def test_the_limits_of_the_command_line_count(cohort_slides: Dataset, own_cohort: Path, tmp_path: Path) -> None:
+    words = [str(own_cohort / "train_images"), "--out", str(tmp_path / "look"), "--preview"]
+    assert tile_command.run([*words, "--max-level-pixels", "1000"]) == 0
+    page = (tmp_path / "look" / PREVIEW).read_text()
+    assert page.count("raise it with --max-level-pixels if the slide is sound") == len(cohort_slides.sources)
+
+
 def test_damage_is_told(own_cohort: Path, spoil: Callable[..., tuple[int, int, int, int]], tmp_path: Path) -> None:
     slide = sorted((own_cohort / "train_images").glob("*.tiff"))[0]
     for number in range(6):
