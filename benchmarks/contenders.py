@@ -246,6 +246,7 @@ def in_own_environment(name: str, peers_dir: Path) -> Contender:
     """A peer whose script runs in ``peers_dir/NAME``; it measures itself, its imports left out."""
 
     def run(case: Case) -> Result:
+        """The peer's own figures."""
         out = case.work / name
         shutil.rmtree(out, ignore_errors=True)
         command = [peers_dir / name / "bin" / "python", PEERS / f"{name}_tiles.py", case.path, out]

@@ -38,6 +38,7 @@ class Clock:
         """The function, timed for a step."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
+            """The function, timed; inside a step of WHOLE it counts for that step."""
             if self._open and self._open[-1][0] in WHOLE:
                 return function(*args, **kwargs)
             self._turn()

@@ -78,6 +78,7 @@ def through_zarr(store: TileStore, pipeline: str, threads: int) -> Read:
     row_in_slide = store.index["row"].to_numpy()
 
     def read(rows: np.ndarray) -> np.ndarray:
+        """Pixels of some rows, slide by slide."""
         out = np.empty((len(rows), store.tile_px, store.tile_px, 3), np.uint8)
         slides = store.slide_of_row[rows]
         for slide in np.unique(slides):

@@ -82,10 +82,13 @@ def store_problems(store: Path) -> list[str]:
     Raises:
         StoreError: It is no store, of another format version, or its store.json is damaged.
     """
-    found = [line for lines in _slides(store).values() for line in lines]
-    if problem := _index_problem(store):
-        found.append(problem)
-    return found + _quarantine_problems(store)
+    return [line for lines in _slides(store).values() for line in lines] + listing_problems(store)
+
+
+def listing_problems(store: Path) -> list[str]:
+    """What is wrong with a store's index and quarantine list, one line each; its slides are not read."""
+    problem = _index_problem(store)
+    return ([problem] if problem else []) + _quarantine_problems(store)
 
 
 def repair(store: Path) -> list[str]:

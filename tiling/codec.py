@@ -118,7 +118,9 @@ def _tables(payload: bytes) -> dict[int, tuple[int, ...]]:
     return tables
 
 
-def jpeg_settings(stream: bytes, shared_tables: bytes | None = None, declared_rgb: bool = False) -> JpegSettings | None:
+def jpeg_settings(
+    stream: bytes | mmap.mmap, shared_tables: bytes | None = None, declared_rgb: bool = False
+) -> JpegSettings | None:
     """Settings of a JPEG stream, read from its own header.
 
     Args:

@@ -81,9 +81,10 @@ def deidentified(dataset: Dataset, key_file: Path, names: Path, made_with: str |
         UsageError: The key is unreadable, or not the one of this store, or ``names`` is no such list.
     """
     private = [source for source in dataset.sources if not _is_public(dataset.name, source.slide_id)]
-    new_ids = {source.slide_id: source.slide_id for source in dataset.sources}
+    new_ids, ids = {source.slide_id: source.slide_id for source in dataset.sources}, ""
     if private:
         key = _this_key(key_file, made_with)
+        ids = _fingerprint(key)
         new_ids |= {source.slide_id: hashed_id(key, source.slide_id) for source in private}
         if len(set(new_ids.values())) < len(new_ids):
             raise UsageError("two slides get the same id", key_file, "use another key for this store")
@@ -92,7 +93,7 @@ def deidentified(dataset: Dataset, key_file: Path, names: Path, made_with: str |
     hidden = [new for new, old in zip(renamed, dataset.sources, strict=True) if new.slide_id != old.slide_id]
     return replace(
         dataset,
-        ids=_fingerprint(_read_key(key_file)) if private else "",
+        ids=ids,
         sources=tuple(sorted(renamed, key=lambda source: source.slide_id)),
         remarks=_public_remarks(dataset.remarks, hidden, {source.images[0].parent for source in renamed}),
     )

@@ -18,14 +18,13 @@ import numpy as np
 
 from tiling import filters
 from tiling.codec import JpegSettings
-from tiling.cut import Candidate
+from tiling.cut import Candidate, row_reader
 from tiling.datasets import Source
 from tiling.errors import SlideError
 from tiling.grid import Cut, Level, choose_cut, tile_corners
 from tiling.labels import UNLABELLED
 from tiling.limits import DEFAULT_LIMITS, Limits
 from tiling.masks import open_mask_file, tile_labels
-from tiling.segments import RowReader
 from tiling.settings import TileSettings
 from tiling.slide import Slide, open_slide
 
@@ -150,8 +149,7 @@ def _corners(cut: Cut) -> np.ndarray:
 
 def _tiles(image: Slide, cut: Cut, corners: np.ndarray) -> np.ndarray:
     """Tiles of an image, uint8 (n, px, px, 3)."""
-    level = cut.level.index
-    reader = RowReader(image.segment_grid(level), lambda segment: image.read_segment(level, segment))
+    reader = row_reader(image, cut.level)
     out = np.empty((len(corners), cut.px, cut.px, 3), np.uint8)
     for place, (x, y) in enumerate(corners.tolist()):
         tile = reader.cut(x, y, cut.span)

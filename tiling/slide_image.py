@@ -36,6 +36,7 @@ class ImageSlide(Slide):
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             self._is_jpeg = data[:3] == _JPEG
             self._bytes = len(data)
+            self._jpeg = jpeg_settings(data) if self._is_jpeg else None
             if self._is_jpeg:
                 width, height = _jpeg_size(data, path)
             elif data[:8] == _PNG:
@@ -89,7 +90,7 @@ class ImageSlide(Slide):
     def jpeg(self, level: int) -> JpegSettings | None:
         """Settings of the file's own JPEG."""
         del level
-        return jpeg_settings(self.path.read_bytes()) if self._is_jpeg else None
+        return self._jpeg
 
     def close(self) -> None:
         """Drop the pixels."""

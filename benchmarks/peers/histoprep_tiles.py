@@ -4,19 +4,14 @@ Tissue by HistoPrep's Otsu, tiles of 224 px with at most half background, qualit
 """
 
 import json
-import resource
 import sys
 from importlib.metadata import version
 
 import cv2
+from cpu_time import cpu_seconds
 from histoprep import SlideReader
 
 cv2.setNumThreads(1)
-
-
-def cpu_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def main(slide: str, out: str) -> None:

@@ -5,21 +5,16 @@ at quality 95, one worker, no previews.
 """
 
 import json
-import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import hs2p
+from cpu_time import cpu_seconds
 from hs2p.api import extract_tiles_to_tar
 
 cv2.setNumThreads(1)
-
-
-def cpu_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def main(slide: str, out: str) -> None:

@@ -65,6 +65,15 @@ def cut_of(slide: Slide, level: int = 0, span: int = 64) -> Cut:
     return Cut(slide.levels[level], span, span, 0.5 * slide.levels[level].downsample)
 
 
+def assert_reads(path: Path, slide_file: Path, expected: np.ndarray, level: int = 0) -> None:
+    """The mask's boxes under a level are those of ``expected``, which has that level's size."""
+    with open_slide(slide_file) as slide:
+        cut = cut_of(slide, level)
+        with closing(open_mask_file(path, ALL, slide, cut)) as mask:
+            for (x, y), values in boxes(mask, cut).items():
+                assert np.array_equal(values, expected[y : y + 64, x : x + 64])
+
+
 # Label images
 
 
@@ -74,23 +83,13 @@ def test_a_label_tiff_of_the_slides_size(compression: str, channels: int, slide_
     labels = labels_of(611, 1000)
     pixels = labels if channels == 1 else cv2.merge([labels, labels * 0 + 7, labels * 0])
     write_pyramid(tmp_path / "mask.tif", [pixels], compression)
-    with (
-        open_slide(slide_file) as slide,
-        closing(open_mask_file(tmp_path / "mask.tif", ALL, slide, cut_of(slide))) as mask,
-    ):
-        for (x, y), values in boxes(mask, cut_of(slide)).items():
-            assert np.array_equal(values, labels[y : y + 64, x : x + 64])
+    assert_reads(tmp_path / "mask.tif", slide_file, labels)
 
 
 def test_the_level_of_the_cuts_size_is_read(slide_file: Path, tmp_path: Path) -> None:
     fine, coarse = labels_of(611, 1000), labels_of(153, 250, seed=1)
     write_pyramid(tmp_path / "mask.tif", [fine, coarse])
-    with (
-        open_slide(slide_file) as slide,
-        closing(open_mask_file(tmp_path / "mask.tif", ALL, slide, cut_of(slide, 1))) as mask,
-    ):
-        for (x, y), values in boxes(mask, cut_of(slide, 1)).items():
-            assert np.array_equal(values, coarse[y : y + 64, x : x + 64])
+    assert_reads(tmp_path / "mask.tif", slide_file, coarse, level=1)
 
 
 def test_a_finer_mask_is_given_at_its_own_resolution(slide_file: Path, tmp_path: Path) -> None:
@@ -164,12 +163,7 @@ def test_kinds_of_png(mode: str, slide_file: Path, tmp_path: Path) -> None:
     png(labels, mode).save(tmp_path / "mask.png")
     with Image.open(tmp_path / "mask.png") as written:
         assert written.mode == mode
-    with (
-        open_slide(slide_file) as slide,
-        closing(open_mask_file(tmp_path / "mask.png", ALL, slide, cut_of(slide))) as mask,
-    ):
-        for (x, y), values in boxes(mask, cut_of(slide)).items():
-            assert np.array_equal(values, labels[y : y + 64, x : x + 64])
+    assert_reads(tmp_path / "mask.png", slide_file, labels)
 
 
 def test_pngs_that_are_no_masks(slide_file: Path, tmp_path: Path) -> None:
