@@ -1,8 +1,9 @@
 """One writer at a time for a slide, or for a store's own files: claims, which a dead owner loses by a stated rule.
 
 WORK/claims/<name>/0 is the first owner's claim, /1 that of the one who took over from it, and so on: the highest
-number holds. A claim is made by exclusive creation of its file, so that of many only one succeeds; the last owner
-removes all of them.
+number holds. A claim is made by exclusive creation of its file, so that of many only one succeeds. The last owner takes
+the next number too, so that nobody can take over any more, and moves the folder away before it removes it: who has
+looked into that folder sees that it is another one now, and looks again.
 
 The rule: an owner on this machine, since the same boot, is dead when its process is gone. Any other is dead when it has
 not touched its claim for STALE_SECONDS by the file system's clock; a living one does so every BEAT_SECONDS.
@@ -10,6 +11,7 @@ not touched its claim for STALE_SECONDS by the file system's clock; a living one
 
 import json
 import os
+import shutil
 import socket
 import time
 import uuid
@@ -79,24 +81,28 @@ def _self() -> Owner:
     return Owner(socket.gethostname(), _machine(), pid, _start_of(pid) or 0, job, uuid.uuid4().hex[:16])
 
 
-def _read(path: Path) -> Owner | None:
+def _write(folder: int, number: int, owner: Owner) -> None:
+    """Make a claim in a folder that is open; FileExistsError where somebody was quicker."""
+    with os.fdopen(os.open(str(number), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder), "w") as file:
+        file.write(json.dumps(asdict(owner)))
+
+
+def _read(folder: int, number: int) -> Owner | None:
     """The owner, None where its writing was cut short or is under way."""
     try:
-        return Owner(**json.loads(path.read_bytes()))
+        with os.fdopen(os.open(str(number), os.O_RDONLY, dir_fd=folder), "rb") as file:
+            return Owner(**json.loads(file.read()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _lives(path: Path, owner: Owner | None) -> bool:
-    """Whether the owner of a claim is alive, by the rule above."""
+def _lives(folder: int, number: int, owner: Owner | None) -> bool:
+    """Whether the owner of a claim is alive, by the rule above; FileNotFoundError where the claim is gone."""
     if owner is not None and owner.machine == _machine():
         return _start_of(owner.pid) == owner.started
-    try:
-        touched = path.stat().st_mtime
-        os.utime(path.parent)  # now, by the clock that set the other time: hosts' clocks differ
-        return path.parent.stat().st_mtime - touched < STALE_SECONDS
-    except FileNotFoundError:
-        return False
+    touched = os.stat(str(number), dir_fd=folder).st_mtime
+    os.utime(folder)  # now, by the clock that set the other time: hosts' clocks differ
+    return os.fstat(folder).st_mtime - touched < STALE_SECONDS
 
 
 class Claim:
@@ -107,9 +113,9 @@ class Claim:
         dead: Tokens of the owners that died before, oldest first.
     """
 
-    def __init__(self, folder: Path, number: int, token: str, dead: tuple[str, ...]) -> None:
-        self.token, self.dead = token, dead
-        self._folder, self._number = folder, number
+    def __init__(self, folder: Path, number: int, owner: Owner, dead: tuple[str, ...]) -> None:
+        self.token, self.dead = owner.token, dead
+        self._folder, self._number, self._owner = folder, number, owner
         self._ended = Event()
         self._heart = Thread(target=self._beat, name="claim", daemon=True)
         self._heart.start()
@@ -119,40 +125,72 @@ class Claim:
             with suppress(OSError):
                 os.utime(self._folder / str(self._number))
 
+    def _require_held(self, folder: int) -> None:
+        if _read(folder, self._number) != self._owner or self._number + 1 in _numbers(folder):
+            raise HeldError("was taken over by another job, since this one did not move", self._folder.name)
+
     def require_held(self) -> None:
         """Raise HeldError where another took over, because this process slept for longer than STALE_SECONDS."""
-        own = _read(self._folder / str(self._number))
-        if own is None or own.token != self.token or (self._folder / str(self._number + 1)).exists():
-            raise HeldError("was taken over by another job, since this one did not move", self._folder.name)
+        try:
+            with _opened(self._folder) as folder:
+                self._require_held(folder)
+        except FileNotFoundError:
+            raise HeldError("was taken over by another job, which has ended", self._folder.name) from None
 
     def release(self) -> None:
         """Give it up."""
         self._ended.set()
         self._heart.join()
-        with suppress(HeldError, OSError):
-            self.require_held()
-            for number in range(self._number + 1):
-                (self._folder / str(number)).unlink(missing_ok=True)
-            self._folder.rmdir()
+        with suppress(HeldError, OSError), _opened(self._folder) as folder:
+            self._require_held(folder)
+            _write(folder, self._number + 1, self._owner)
+            self._folder.rename(self._folder.with_name(f".{self._folder.name}.{self.token}"))
+            _sweep(self._folder)
             self._folder.parent.rmdir()
 
 
-def _make(folder: Path) -> Claim:
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """The folder of a name's claims; what is done through it meets that folder, wherever it is moved."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _numbers(folder: int) -> list[int]:
+    """Numbers of all claims in it, ascending."""
+    return sorted(int(name) for name in os.listdir(folder))
+
+
+def _sweep(folder: Path) -> None:
+    """Remove folders that were moved away, those of owners among them who died amid removing."""
+    for gone in folder.parent.iterdir():
+        if gone.name.startswith(f".{folder.name}."):
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def _make(path: Path) -> Claim:
     """The claim, if nobody who lives holds it.
 
     Raises:
         HeldError: Somebody does.
         FileExistsError, FileNotFoundError: Somebody was quicker at this moment: look again.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = sorted(int(name) for name in os.listdir(folder))  # noqa: PTH208 (names only)
-    owners = [_read(folder / str(number)) for number in numbers]
-    if numbers and _lives(folder / str(numbers[-1]), owners[-1]):
-        raise HeldError(f"is being written by {owners[-1] or 'another process'}", folder.name)
-    us, number = _self(), numbers[-1] + 1 if numbers else 0
-    with (folder / str(number)).open("x") as file:
-        file.write(json.dumps(asdict(us)))
-    return Claim(folder, number, us.token, tuple(owner.token for owner in owners if owner is not None))
+    path.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    with _opened(path) as folder:
+        numbers = _numbers(folder)
+        owners = [_read(folder, number) for number in numbers]
+        if numbers and _lives(folder, numbers[-1], owners[-1]):
+            raise HeldError(f"is being written by {owners[-1] or 'another process'}", path.name)
+        us, number = _self(), numbers[-1] + 1 if numbers else 0
+        _write(folder, number, us)
+        if not os.path.samestat(os.fstat(folder), path.stat()):  # its last owner has moved it away
+            os.unlink(str(number), dir_fd=folder)
+            raise FileNotFoundError
+    return Claim(path, number, us, tuple(owner.token for owner in owners if owner is not None))
 
 
 def is_claimed(work: Path, name: str) -> bool:

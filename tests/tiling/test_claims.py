@@ -143,6 +143,34 @@ def test_who_slept_through_a_takeover_may_not_go_on(tmp_path: Path) -> None:
     assert (tmp_path / "claims" / "a" / "1").exists(), "the successor's claim must stay"
 
 
+def test_who_has_looked_at_owners_that_are_gone_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop(hold(tmp_path, "a"))
+    lives, began = claims._lives, []
+
+    def slow_look(*claim: object) -> bool:
+        found = lives(*claim)  # type: ignore[arg-type]
+        monkeypatch.setattr(claims, "_lives", lives)
+        with claimed(tmp_path, "a"):
+            """Taken over from the dead one, and given up."""
+        began.append(hold(tmp_path, "a"))
+        return found
+
+    monkeypatch.setattr(claims, "_lives", slow_look)
+    with pytest.raises(HeldError) as error, claimed(tmp_path, "a"):
+        pytest.fail("two owners")
+    assert f"process {began[0].pid} on " in str(error.value)
+    stop(began[0])
+
+
+def test_what_a_dead_owner_left_amid_removing_goes(tmp_path: Path) -> None:
+    left = tmp_path / "work" / "claims" / ".a.0123456789abcdef"
+    left.mkdir(parents=True)
+    (left / "0").write_text("")
+    with claimed(tmp_path / "work", "a"):
+        assert not left.exists()
+    assert not (tmp_path / "work").exists()
+
+
 def test_many_processes_never_hold_it_together(tmp_path: Path) -> None:
     counter = tmp_path / "counter"
     counter.write_text("0")
