@@ -9,7 +9,11 @@ from typing import Any
 
 from tiling.errors import UsageError
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+CLIP_MODES = ("per_param", "global")
+INPUTS = ("rgb", "haar")
+SHUFFLES = ("global", "shards")
+DAMAGED = ("stop", "skip")
 # Mean and standard deviation of the 994 labelled PANDA tiles of the shared data, RGB in [0, 1].
 PANDA_MEAN = (0.748, 0.504, 0.692)
 PANDA_STD = (0.167, 0.230, 0.161)
@@ -20,6 +24,10 @@ def _require(condition: bool, key: str, value: object, limit: str) -> None:
         raise UsageError(f"{key} is {value}, must be {limit}")
 
 
+def _require_one_of(known: tuple[str, ...], key: str, value: str) -> None:
+    _require(value in known, key, repr(value), f"one of {', '.join(known)}")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The encoder.
@@ -27,10 +35,13 @@ class ModelConfig:
     Args:
         name: Any timm XCiT or ViT, such as xcit_medium_24_p16_224.
         drop_path: Stochastic depth rate of the student.
+        init_from: Weights to begin with: a RUN, a bundle, a .pth of the original DINO code, or a timm model's state
+            dict (.safetensors, .pth). None begins with random ones.
     """
 
     name: str = "xcit_medium_24_p16_224"
     drop_path: float = 0.1
+    init_from: Path | None = None
 
     def __post_init__(self) -> None:
         _require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "0 or more, below 1")
@@ -46,6 +57,8 @@ class MethodConfig:
         hidden_dim: Width of the head's hidden layers.
         bottleneck_dim: Width before the prototypes.
         teacher_temp: Temperature of the teacher's softmax.
+        teacher_temp_start: Its temperature at the start, from which it rises linearly.
+        teacher_temp_warmup_epochs: Epochs in which it rises; 0 keeps it constant at teacher_temp.
         student_temp: Temperature of the student's softmax.
         centre_momentum: Momentum of the centre of the teacher's outputs.
         ema_start: Momentum of the teacher's weights at the start; rises to ema_end on a cosine.
@@ -58,6 +71,8 @@ class MethodConfig:
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
     teacher_temp: float = 0.04
+    teacher_temp_start: float = 0.04
+    teacher_temp_warmup_epochs: float = 0.0
     student_temp: float = 0.1
     centre_momentum: float = 0.9
     ema_start: float = 0.996
@@ -67,16 +82,12 @@ class MethodConfig:
     def __post_init__(self) -> None:
         for key in ("out_dim", "hidden_dim", "bottleneck_dim"):
             _require(getattr(self, key) >= 2, f"method.{key}", getattr(self, key), "2 or more")
-        for key in ("teacher_temp", "student_temp"):
+        for key in ("teacher_temp", "teacher_temp_start", "student_temp"):
             _require(getattr(self, key) > 0, f"method.{key}", getattr(self, key), "above 0")
         for key in ("centre_momentum", "ema_start", "ema_end"):
             _require(0 <= getattr(self, key) <= 1, f"method.{key}", getattr(self, key), "0 to 1")
-        _require(
-            self.freeze_last_layer_epochs >= 0,
-            "method.freeze_last_layer_epochs",
-            self.freeze_last_layer_epochs,
-            "0 or more",
-        )
+        for key in ("freeze_last_layer_epochs", "teacher_temp_warmup_epochs"):
+            _require(getattr(self, key) >= 0, f"method.{key}", getattr(self, key), "0 or more")
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,8 @@ class ViewsConfig:
         global_scale: Least and largest share of the tile's area in a global crop.
         local_scale: Least and largest share of the tile's area in a local crop.
         preset: Strengths of the augmentations: histology, or original (as in the DINO code).
+        input: What the network is given: rgb, or haar, the approximation (LL) band of the view's Haar wavelet
+            transform, half as wide and high.
         mean: Per-channel mean that inputs are normalised with, RGB in [0, 1].
         std: Per-channel standard deviation that inputs are normalised with.
     """
@@ -102,6 +115,7 @@ class ViewsConfig:
     global_scale: tuple[float, float] = (0.4, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.4)
     preset: str = "histology"
+    input: str = "rgb"
     mean: tuple[float, float, float] = PANDA_MEAN
     std: tuple[float, float, float] = PANDA_STD
 
@@ -119,6 +133,7 @@ class ViewsConfig:
         for key in ("global_scale", "local_scale"):
             low, high = getattr(self, key)
             _require(0 < low <= high <= 1, f"views.{key}", (low, high), "two shares in 0 to 1, the lower one first")
+        _require_one_of(INPUTS, "views.input", self.input)
         _require(min(self.std) > 0, "views.std", self.std, "above 0")
 
 
@@ -151,8 +166,7 @@ class OptimConfig:
             _require(getattr(self, key) > 0, f"optim.{key}", getattr(self, key), "above 0")
         for key in ("warmup_steps", "weight_decay", "weight_decay_end", "clip"):
             _require(getattr(self, key) >= 0, f"optim.{key}", getattr(self, key), "0 or more")
-        modes = ("per_param", "global")
-        _require(self.clip_mode in modes, "optim.clip_mode", repr(self.clip_mode), f"one of {', '.join(modes)}")
+        _require_one_of(CLIP_MODES, "optim.clip_mode", self.clip_mode)
 
 
 @dataclass(frozen=True)
@@ -164,9 +178,16 @@ class TrainConfig:
         accumulate: Micro-batches per optimizer step.
         steps: Optimizer steps in all.
         seed: Decides the initial weights, the order of tiles, every view, and drop path.
-        precision: auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16.
+        precision: auto (bf16 on a GPU, fp32 on a CPU), fp32, bf16, fp16 (with a loss scale that adapts).
+        compile: Compile the networks with torch.compile: minutes at the start, then faster steps.
+        recompute: Keep no activations inside the encoder's blocks and compute them again for the gradient: a third more
+            computation, a fraction of the memory.
         threads: Threads that read and decode tiles, per rank.
-        log_every: Steps between lines of metrics.jsonl.
+        shuffle: global mixes all tiles of an epoch; shards mixes those of some shards at a time, so that a parallel
+            file system reads few files at once.
+        damaged: What a tile with a wrong checksum does: stop the run with its name, or be skipped and counted.
+        log_every: Steps between lines of metrics.jsonl; what is not finite is noticed there.
+        timeout: Seconds that a rank waits for the others before the run ends.
     """
 
     batch_per_rank: int = 100
@@ -174,16 +195,20 @@ class TrainConfig:
     steps: int = 30000
     seed: int = 0
     precision: str = "auto"
+    compile: bool = False
+    recompute: bool = False
     threads: int = 4
+    shuffle: str = "global"
+    damaged: str = "stop"
     log_every: int = 10
+    timeout: int = 600
 
     def __post_init__(self) -> None:
-        for key in ("batch_per_rank", "accumulate", "steps", "threads", "log_every"):
+        for key in ("batch_per_rank", "accumulate", "steps", "threads", "log_every", "timeout"):
             _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
         _require(self.seed >= 0, "train.seed", self.seed, "0 or more")
-        _require(
-            self.precision in PRECISIONS, "train.precision", repr(self.precision), f"one of {', '.join(PRECISIONS)}"
-        )
+        for key, known in (("precision", PRECISIONS), ("shuffle", SHUFFLES), ("damaged", DAMAGED)):
+            _require_one_of(known, f"train.{key}", getattr(self, key))
 
 
 @dataclass(frozen=True)
@@ -193,14 +218,37 @@ class CheckpointConfig:
     Args:
         every: Steps between checkpoints; the last step is always saved.
         keep: How many of the newest are kept.
+        keep_every: Checkpoints whose step is a multiple of this are kept too; 0 keeps only the newest.
     """
 
     every: int = 500
     keep: int = 3
+    keep_every: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, "checkpoint.every", self.every, "1 or more")
-        _require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
+        for key in ("every", "keep"):
+            _require(getattr(self, key) >= 1, f"checkpoint.{key}", getattr(self, key), "1 or more")
+        _require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "0 or more")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is watched beside the loss.
+
+    Args:
+        probe: A labelled TileStore on which the encoder is judged while it trains, by its nearest neighbours on other
+            slides; None judges nothing.
+        probe_every: Steps between judgements; the last step is always judged.
+        probe_tiles: At most so many labelled tiles, spread evenly over classes and slides.
+    """
+
+    probe: Path | None = None
+    probe_every: int = 1000
+    probe_tiles: int = 2000
+
+    def __post_init__(self) -> None:
+        for key in ("probe_every", "probe_tiles"):
+            _require(getattr(self, key) >= 1, f"monitor.{key}", getattr(self, key), "1 or more")
 
 
 @dataclass(frozen=True)
@@ -216,6 +264,7 @@ class PretrainConfig:
         optim: Optimizer and schedules.
         train: The loop.
         checkpoint: Checkpoints.
+        monitor: What is watched beside the loss.
     """
 
     data: Path | None = None
@@ -226,6 +275,7 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
         _require(
@@ -239,8 +289,9 @@ class PretrainConfig:
 # What may differ when a run is continued: where things are, how often they are written, how the work is spread.
 # The product ranks x batch_per_rank x accumulate must stay; the trainer checks it.
 _FREE_KEYS = (
-    "data", "out", "train.batch_per_rank", "train.accumulate", "train.precision", "train.threads", "train.log_every",
-    "checkpoint.every", "checkpoint.keep",
+    "data", "out", "train.batch_per_rank", "train.accumulate", "train.precision", "train.compile", "train.recompute",
+    "train.threads", "train.damaged", "train.log_every", "train.timeout", "checkpoint.every", "checkpoint.keep",
+    "checkpoint.keep_every", "monitor.probe", "monitor.probe_every", "monitor.probe_tiles",
 )  # fmt: skip
 
 
