@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BonyError as error:
         if debug:
             raise
-        _complain(str(error), everywhere=error.exit_code != EXIT_USAGE)
+        _complain(str(error), everywhere=error.exit_code == EXIT_FAILED)
         return error.exit_code
     except KeyboardInterrupt:
         _complain("interrupted; run the same command again to go on")

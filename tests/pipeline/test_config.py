@@ -154,8 +154,9 @@ def test_a_bad_config_is_refused_without_waiting_for_torch() -> None:
 def test_what_decides_the_result_must_stay_and_what_does_not_may_change() -> None:
     every, fixed = flatten(asdict(PretrainConfig())), fixed_values(PretrainConfig())
     assert every.keys() - fixed.keys() == {
-        "data", "out", "train.batch_per_rank", "train.accumulate", "train.precision", "train.threads",
-        "train.log_every", "checkpoint.every", "checkpoint.keep",
+        "data", "out", "train.batch_per_rank", "train.accumulate", "train.precision", "train.compile",
+        "train.recompute", "train.threads", "train.damaged", "train.log_every", "train.timeout", "checkpoint.every",
+        "checkpoint.keep", "checkpoint.keep_every", "monitor.probe", "monitor.probe_every", "monitor.probe_tiles",
     }  # fmt: skip
     assert fixed["views.mean"] == [0.748, 0.504, 0.692]
 
