@@ -17,7 +17,7 @@ from pipeline.heartbeat import Heartbeat
 from pipeline.methods import build_method
 from pipeline.methods.protocol import Moment
 from pipeline.monitor import Monitor
-from pipeline.runtime import joined, ranks_lost
+from pipeline.runtime import joined, leave, ranks_lost
 from pipeline.trainer import Step, Trainer
 from tiling.errors import BonyError, StoreError, UsageError
 from tiling.progress import progress, say
@@ -68,7 +68,6 @@ def _begin(block: ExitStack, out: Path, about: dict[str, Any]) -> str | None:
     block.enter_context(run.held(out))
     run.begin(out, about)
     stopping.unmark(out)
-    say(f"{out}: {about['tiles']} tiles, {about['global_batch']} per step, {about['ranks']} ranks")
     folder = checkpoint.newest_sound(out)
     return str(folder) if folder is not None else None
 
@@ -176,4 +175,4 @@ class _Writer:
 if __name__ == "__main__":
     from pipeline.cli import main
 
-    sys.exit(main(["pretrain", *sys.argv[1:]]))
+    leave(main(["pretrain", *sys.argv[1:]]))
