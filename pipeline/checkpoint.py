@@ -5,7 +5,8 @@ A checkpoint holds no random state: what is random is a function of seed, step a
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,21 +79,20 @@ def write(
     Raises:
         CheckpointError: It cannot be written, such as on a full disk; what stood before is as it was.
     """
-    final, work = step_folder(run, position.step), run / FOLDER / WORK
-    shutil.rmtree(work, ignore_errors=True)  # what a killed saver left
+    final, latest = step_folder(run, position.step), run / FOLDER / LATEST
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        # Written first, so that a full disk ends this before anything has its name.
-        atomic.write_bytes(work / LATEST, f"{final.name}\n".encode())
-        if not atomic.stands(final, work):  # a damaged one was passed over when the run was continued
-            with atomic.building(final, work) as folder:
-                for name, file in files.items():
-                    file.write(folder / name)
-                values = {"step": position.step, "samples_seen": position.samples_seen, **about}
-                atomic.write_json(folder / STATE, CHECKPOINT.describe(values))
-        (work / LATEST).replace(run / FOLDER / LATEST)
-        atomic.fsync_folder(run / FOLDER)
-        _prune(run, position.step, keep, keep_every)
+        with _workplace(run) as work:
+            # Written first, so that a full disk ends this before anything has its name.
+            atomic.write_bytes(work / LATEST, f"{final.name}\n".encode())
+            if not atomic.stands(final, work):  # a damaged one was passed over when the run was continued
+                with atomic.building(final, work) as folder:
+                    for name, file in files.items():
+                        file.write(folder / name)
+                    values = {"step": position.step, "samples_seen": position.samples_seen, **about}
+                    atomic.write_json(folder / STATE, CHECKPOINT.describe(values))
+            (work / LATEST).replace(latest)
+            atomic.fsync_folder(latest.parent)
+            _prune(run, work, position.step, keep, keep_every)
     except OSError as error:
         needed, free = sum(file.nbytes for file in files.values()), shutil.disk_usage(run).free
         raise CheckpointError(
@@ -100,9 +100,19 @@ def write(
             final,
             "earlier checkpoints are as they were; make space, then continue the run",
         ) from error
+    return final
+
+
+@contextmanager
+def _workplace(run: Path) -> Iterator[Path]:
+    """A folder for what is unfinished: empty at first, whatever a killed saver left, and gone in the end."""
+    work = run / FOLDER / WORK
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return final
 
 
 def save(
@@ -131,12 +141,12 @@ def superfluous(steps: Sequence[int], keep: int, keep_every: int) -> list[int]:
     return [step for step in steps[:-keep] if not keep_every or step % keep_every]
 
 
-def _prune(run: Path, newest: int, keep: int, keep_every: int) -> None:
+def _prune(run: Path, work: Path, newest: int, keep: int, keep_every: int) -> None:
     """Move what need not be kept away at once, so that a kill leaves no half-removed checkpoint under its name."""
     # Newer ones are damaged, or this run would have been continued from them: they must not push sound ones out.
     steps = [step for step in map(step_of, list_checkpoints(run)) if step <= newest]
     for step in superfluous(steps, keep, keep_every):
-        atomic.set_aside(step_folder(run, step), run / FOLDER / WORK)
+        atomic.set_aside(step_folder(run, step), work)
 
 
 def step_of(folder: Path) -> int:
