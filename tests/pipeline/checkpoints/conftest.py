@@ -16,7 +16,7 @@ from pipeline.saver import Saver
 
 
 class Model:
-    """A small stand-in for a method and its optimizer: all that a checkpoint holds."""
+    """A small stand-in for a method and its optimizer, a function of ``seed``: all that a checkpoint holds."""
 
     def __init__(self, seed: int, width: int = 6, out: int = 3, centre: int = 4, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -24,12 +24,12 @@ class Model:
         self.teacher = nn.Sequential(nn.Linear(5, width), nn.BatchNorm1d(width), nn.Linear(width, out)).to(device)
         self.centre = torch.randn(centre, generator=generator).to(device)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=0.1, fused=device != "cpu")
-        with torch.no_grad():
-            for tensor in (*self.student.parameters(), *self.teacher.parameters()):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator))
-        for _ in range(2):
-            self.student(torch.randn(8, 5, generator=generator).to(device)).square().sum().backward()
-            self.optimizer.step()
+        # Gradients are drawn, not computed: a matrix product's last bits may depend on where its operands lie.
+        for tensor in (*self.student.state_dict().values(), *self.teacher.state_dict().values()):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        for parameter in self.student.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+        self.optimizer.step()
 
     @property
     def parts(self) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor], torch.optim.Optimizer]:
