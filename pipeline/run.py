@@ -80,10 +80,12 @@ def begin(run: Path, about: dict[str, Any]) -> None:
 
 
 def _require_same(run: Path, known: dict[str, Any], about: dict[str, Any], config: PretrainConfig) -> None:
+    defaults = fixed_values(PretrainConfig())  # for keys that Bony did not have when the run was started
     for key, value in fixed_values(config).items():
-        if known["config"].get(key) != value:
+        before = known["config"].get(key, defaults[key])
+        if before != value:
             raise UsageError(
-                f"run was started with {key} = {known['config'].get(key)}, not {value}",
+                f"run was started with {key} = {before}, not {value}",
                 run,
                 "continue with the same config, or choose another --out",
             )

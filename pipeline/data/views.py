@@ -16,6 +16,7 @@ from tiling.errors import UsageError
 MAX_SIGMA = 2.0  # widest blur, pixels of the view
 BLUR_RADIUS = 6  # three of these standard deviations
 LOCAL_STREAM = 1 << 16  # globals have the streams below: one view more leaves the others as they are
+METHOD_STREAM = 1 << 17  # from here on streams are the methods' own, for masks and the like
 
 
 def _check_shares(spec: object, names: Sequence[str]) -> None:
