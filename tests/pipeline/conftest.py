@@ -148,7 +148,7 @@ class Job:
         self._warm.listen(0)
         return any(pid not in self._warm.codes for pid in self.pids)
 
-    def end(self, seconds: float = 120) -> list[int]:
+    def end(self, seconds: float = 240) -> list[int]:
         """Wait for all ranks; their exit codes, negative for signals. Kills them when time is up."""
         until = time.monotonic() + seconds
         while self.running and time.monotonic() < until:

@@ -25,7 +25,7 @@ STEPS, EVERY = 12, 3
 RUN = {"train.steps": STEPS, "train.batch_per_rank": 1, "checkpoint.every": EVERY, "checkpoint.keep": 99}
 
 
-def wait_for(run: Path, step: int, alive: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(run: Path, step: int, alive: Callable[[], bool], seconds: float = 200) -> None:
     """Until RUN's figures of ``step`` are written."""
     until = time.monotonic() + seconds
     while not any(line["step"] >= step for line in read_metrics(run)):
@@ -316,9 +316,9 @@ def test_one_killed_rank_ends_torchrun(torchrun: Callable[..., tuple[Torchrun, P
 @pytest.mark.slow
 def test_a_stopped_rank_is_named_and_the_job_ends(torchrun: Callable[..., tuple[Torchrun, Path]]) -> None:
     """F4: within the timeout and the 30 s that torchrun gives its ranks, and some for the processes to end."""
-    job, run = torchrun({"train.timeout": 10})
+    job, run = torchrun({"train.timeout": 20})
     os.kill(job.ranks[1], signal.SIGSTOP)
-    assert job.end(10 + 30 + 15) != 0
+    assert job.end(20 + 30 + 15) != 0
     assert job.living == []
     (named,) = set(re.findall(r"no sign of life from rank \d \(\S+ process (\d+);", job.said))
     assert int(named) in job.ranks
