@@ -1,4 +1,4 @@
-"""That the tiling benchmarks run and report: no figure is judged here, machines differ."""
+"""That the benchmarks run and report: no figure is judged here, machines differ."""
 
 import json
 import subprocess
@@ -59,6 +59,22 @@ def test_memory_reports_the_peak_of_a_worker(work: Path) -> None:
     assert all(50 < one["peak_mb"] < 1000 for one in runs)
     assert all(one["tiles"] > 0 for one in runs)
     assert report["within_limit"] is True
+
+
+def test_loader_reports_every_step_and_both_orders() -> None:
+    report = run("loader.py", "--quick", "--batch", "20")
+    steps = ("order", "read, threads 1", "copy", "views")
+    assert set(report["share"]) == set(steps)
+    assert sum(report["share"].values()) == pytest.approx(1, abs=0.01)
+    assert all(
+        report["ms_per_tile"][name]["wall"] > 0 for name in ("views", "read, threads 2", "pure decode, threads 2")
+    )
+    for figures in report["overlapped"].values():
+        assert figures["samples_per_s"] == pytest.approx(1000 / figures["ms_per_tile"], rel=0.01)
+        assert 0 <= figures["waited_share"] <= 1
+    everywhere, by_shards = (report["epoch_order"][name] for name in ("global", "shards"))
+    assert everywhere["slides_in_9600"] > by_shards["slides_in_9600"] > 100
+    assert by_shards["held_mb"] == pytest.approx(everywhere["held_mb"], rel=0.05)
 
 
 def test_made_slide_is_a_pyramid_with_tissue_that_its_pattern_decides(tmp_path: Path) -> None:
