@@ -1,4 +1,4 @@
-"""That the tiling benchmarks run and report: no figure is judged here, machines differ."""
+"""That the benchmarks run and report: no figure is judged here, machines differ."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tiling import codec
 from tiling.slide import open_slide
@@ -59,6 +60,20 @@ def test_memory_reports_the_peak_of_a_worker(work: Path) -> None:
     assert all(50 < one["peak_mb"] < 1000 for one in runs)
     assert all(one["tiles"] > 0 for one in runs)
     assert report["within_limit"] is True
+
+
+def test_augment_reports_both_pipelines_the_limit_and_ratios() -> None:
+    report = run("augment.py", "--samples", "3", "--rounds", "2")
+    cpu = report["cpu"]
+    times = cpu["ms_per_sample"]
+    assert set(times) == {
+        "bony_original", "bony_histology", "original_bicubic", "original_bilinear", "sampling_alone",
+    }  # fmt: skip
+    assert all(time > 0 for time in times.values())
+    assert times["sampling_alone"] < times["bony_original"]
+    assert 0 < cpu["share_of_limit"] < 1
+    assert cpu["original_bilinear_over_bony"] > 0
+    assert (report["gpu"] is None) == (not torch.cuda.is_available())
 
 
 def test_made_slide_is_a_pyramid_with_tissue_that_its_pattern_decides(tmp_path: Path) -> None:
