@@ -31,13 +31,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from pipeline.flops import flops_per_sample, peak
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig, TrainConfig, ViewsConfig
 from pipeline.data.loader import Batch
-from pipeline.flops import flops_per_sample, peak
 from pipeline.methods import build_method
 from pipeline.methods.protocol import Moment
 from pipeline.runtime import Runtime, autocast, half_precision

@@ -112,7 +112,7 @@ def _render_all(
 
 def _work_order(params: ViewParameters) -> np.ndarray:
     """Samples sorted so that those of one step lie in few runs, to be changed in place, not gathered and scattered."""
-    return np.lexsort((params.solarise, params.greyscale, _reach(params), params.jitter, _stained(params)))
+    return np.lexsort((params.solarise, params.greyscale, _reach(params), params.jitter))
 
 
 def _stained(params: ViewParameters) -> np.ndarray:
