@@ -62,7 +62,6 @@ def test_memory_reports_the_peak_of_a_worker(work: Path) -> None:
     assert report["within_limit"] is True
 
 
-<<<<<<< HEAD
 def test_loader_reports_every_step_and_both_orders() -> None:
     report = run("loader.py", "--quick", "--batch", "20")
     steps = ("order", "read, threads 1", "copy", "views")
@@ -77,7 +76,8 @@ def test_loader_reports_every_step_and_both_orders() -> None:
     everywhere, by_shards = (report["epoch_order"][name] for name in ("global", "shards"))
     assert everywhere["slides_in_9600"] > by_shards["slides_in_9600"] > 100
     assert by_shards["held_mb"] == pytest.approx(everywhere["held_mb"], rel=0.05)
-=======
+
+
 def test_augment_reports_both_pipelines_the_limit_and_ratios() -> None:
     report = run("augment.py", "--samples", "3", "--rounds", "2")
     cpu = report["cpu"]
@@ -90,7 +90,6 @@ def test_augment_reports_both_pipelines_the_limit_and_ratios() -> None:
     assert 0 < cpu["share_of_limit"] < 1
     assert cpu["original_bilinear_over_bony"] > 0
     assert (report["gpu"] is None) == (not torch.cuda.is_available())
->>>>>>> h/augment
 
 
 def test_made_slide_is_a_pyramid_with_tissue_that_its_pattern_decides(tmp_path: Path) -> None:
