@@ -51,7 +51,7 @@ HELD_OUT = Path(__file__).with_name("learn_held_out.txt")
 CLASSES = {"0": "benign", "1": "Gleason 3", "2": "Gleason 4"}
 SLIDES_SHARE, TILES_SHARE = 0.3, (0.25, 0.4)
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # as in the original DINO's eval_knn.py
-STEPS = 640
+STEPS = 500
 RESAMPLES, LEVELS = 2000, (2.5, 97.5)
 DIFFERENCES = (
     ("pretrained, cls", "random, cls"),

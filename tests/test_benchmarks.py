@@ -168,7 +168,6 @@ def test_slides_are_resampled_whole_within_their_class_and_the_same_for_all_cont
 
 def test_the_random_contender_is_what_the_run_begins_with(tmp_path: Path) -> None:
     from benchmarks import does_it_learn as learn
-
     from pipeline.methods import build_method
 
     settings = learn.config(tmp_path, tmp_path, seed=1, steps=40)
