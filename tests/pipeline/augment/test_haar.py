@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import pywt
 import torch
 from torchvision.transforms.v2 import functional as reference
 
@@ -34,7 +35,6 @@ def test_approximation_is_the_low_pass_half_of_the_orthonormal_transform() -> No
 
 
 def test_approximation_is_that_of_pywavelets() -> None:
-    pywt = pytest.importorskip("pywt")
     image = images(2, 3, 12, 8)
     expected, _ = pywt.dwt2(image.numpy(), "haar")
     np.testing.assert_allclose(approximation(image), expected, atol=1e-14)
