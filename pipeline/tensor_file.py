@@ -49,7 +49,8 @@ class TensorFile:
         text += b" " * (-len(text) % 8)
         start = len(text).to_bytes(8, "little") + text
         pinned = any(on_gpu for *_, on_gpu in self._layout)
-        self._bytes = torch.empty(len(start) + end, dtype=torch.uint8, pin_memory=pinned)
+        # Written to here, so that the kernel gives the memory now, which takes longer than to fill it.
+        self._bytes = torch.empty(len(start) + end, dtype=torch.uint8, pin_memory=pinned).zero_()
         self._bytes[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
         data = self._bytes[len(start) :]
         self._views = {
