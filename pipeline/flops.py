@@ -26,12 +26,12 @@ _MEASURED_SECONDS = 0.3
 _MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
 
 
-class Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Floating-point operations, 2 per multiply and add, of what runs with and without gradient."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.with_gradient, self.without = 0, 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.with_gradient = self.without = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -39,7 +39,7 @@ class Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            flops = formula(*args, **(kwargs or {}), out_val=out)
+            flops: int = formula(*args, **(kwargs or {}), out_val=out)
             if torch.is_grad_enabled():
                 self.with_gradient += flops
             else:
@@ -62,9 +62,7 @@ def flops_per_sample(config: PretrainConfig, store: TileStore) -> float:
         RuntimeError: The method does something that the meta device cannot.
     """
     meta = torch.device("meta")
-    plain = replace(
-        config, model=replace(config.model, init_from=None), train=replace(config.train, recompute=False)
-    )
+    plain = replace(config, model=replace(config.model, init_from=None), train=replace(config.train, recompute=False))
     with meta, Counter() as counter:
         method = build_method(plain, Runtime(0, 1, meta), store)
         for network in method.networks().values():
@@ -73,7 +71,8 @@ def flops_per_sample(config: PretrainConfig, store: TileStore) -> float:
         views = [torch.empty(_TILES, 3, spec.size // halved, spec.size // halved) for spec in method.views]
         rows = np.arange(_TILES)
         method.loss(method.student, MicroBatch(views, rows, np.zeros_like(rows)), Moment(0, config.train.steps, 0.0))
-    return (counter.without + 3 * counter.with_gradient) / _TILES
+    total: float = counter.without + 3 * counter.with_gradient
+    return total / _TILES
 
 
 @dataclass(frozen=True)
