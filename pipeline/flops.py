@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.config import PretrainConfig
+from pipeline.data.haar import input_side
 from pipeline.methods import build_method
 from pipeline.methods.protocol import MicroBatch, Moment
 from pipeline.runtime import Runtime, half_precision
@@ -67,8 +68,8 @@ def flops_per_sample(config: PretrainConfig, store: TileStore) -> float:
         method = build_method(plain, Runtime(0, 1, meta), store)
         for network in method.networks().values():
             network.eval()  # BatchNorm would ask the other ranks
-        halved = 2 if config.views.input == "haar" else 1
-        views = [torch.empty(_TILES, 3, spec.size // halved, spec.size // halved) for spec in method.views]
+        sides = [input_side(spec.size, config.views.input) for spec in method.views]
+        views = [torch.empty(_TILES, 3, side, side) for side in sides]
         rows = np.arange(_TILES)
         method.loss(method.student, MicroBatch(views, rows, np.zeros_like(rows)), Moment(0, config.train.steps, 0.0))
     total: float = counter.without + 3 * counter.with_gradient

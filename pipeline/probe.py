@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.config import PretrainConfig
+from pipeline.data.haar import network_input
 from pipeline.data.randomness import uniforms
-from pipeline.models.frozen import FrozenEncoder
 from pipeline.rankme import rankme
 from pipeline.runtime import Runtime, autocast, half_precision
 from tiling.errors import UsageError
@@ -26,7 +26,7 @@ from tiling.progress import say
 from tiling.store import TileStore
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-_STREAM_PROBE = 1 << 20  # no view's
+_STREAM_PROBE = -1  # no view's and no method's
 _ASKED_AT_ONCE = 1024
 _BACKGROUND = "background"
 
@@ -47,7 +47,7 @@ class Probe:
     """
 
     def __init__(self, path: Path, config: PretrainConfig, store: TileStore, device: torch.device) -> None:
-        self._config, self._device, self._mpp = config, device, store.mpp
+        self._config, self._device = config, device
         with TileStore(path, config.train.threads) as labelled:
             _require_alike(path, labelled, store)
             rows, names = _judged_rows(path, labelled)
@@ -91,14 +91,16 @@ class Probe:
 
     @torch.no_grad()
     def _encode(self, encoder: nn.Module) -> torch.Tensor:
-        """Features of all tiles, float32, shape (N, D), as ``bony embed`` would make them, in the run's precision."""
+        """Features of all tiles, float32, shape (N, D), in the run's precision."""
         views, train = self._config.views, self._config.train
-        frozen = FrozenEncoder(self._config.model.name, encoder, None, views.mean, views.std, self._mpp, "", "")
-        half = half_precision(self._device, train.precision)
-        batch = train.batch_per_rank
-        parts = [self._tiles[first : first + batch] for first in range(0, len(self._tiles), batch)]
+        kind, half = next(encoder.parameters()).dtype, half_precision(self._device, train.precision)
+        found = []
         with _judging(encoder), autocast(self._device, half):
-            return torch.cat([frozen.features(torch.from_numpy(part).to(self._device))["cls"] for part in parts])
+            for first in range(0, len(self._tiles), train.batch_per_rank):
+                tiles = torch.from_numpy(self._tiles[first : first + train.batch_per_rank]).to(self._device)
+                images = tiles.permute(0, 3, 1, 2).to(kind) / 255
+                found.append(encoder(network_input(images, views.input, views.mean, views.std)).float())
+        return torch.cat(found)
 
 
 def open_probe(config: PretrainConfig, runtime: Runtime, store: TileStore) -> Probe | None:

@@ -220,33 +220,3 @@ def test_killed_and_continued_is_the_uninterrupted_run(
         straight.kill()
         killed.kill()
     require_same_end(tmp_path / "straight", tmp_path / "killed", 9)
-
-
-@pytest.mark.slow
-def test_two_ranks_one_killed_and_continued_is_the_uninterrupted_run(
-    words: Callable[..., list[str]], environment: dict[str, str], tmp_path: Path
-) -> None:
-    options = LONG | {"train.batch_per_rank": 1}
-    straight = start(words(tmp_path / "straight", options), environment, ranks=2)
-    code, said = finish(straight)
-    assert code == 0, said
-    killed = start(words(tmp_path / "killed", options), environment, ranks=2)
-    try:
-        wait_for_step(tmp_path / "killed", 5, killed)
-        members = children(killed.pid)
-        assert len(members) == 2
-        os.kill(members[1], signal.SIGKILL)
-        code, said = finish(killed, seconds=30)
-        assert code not in (0, None)
-        assert not any(Path(f"/proc/{member}").exists() for member in members)
-        alone = shutil.copytree(tmp_path / "killed", tmp_path / "alone")
-        code, said = finish(start(words(tmp_path / "killed", options), environment, ranks=2))
-        assert code == 0, said
-        assert "continuing from" in said
-    finally:
-        killed.kill()
-    require_same_end(tmp_path / "straight", tmp_path / "killed", 9)
-    code, said = finish(start(words(alone, LONG | {"train.batch_per_rank": 2}), environment))
-    assert code == 0, said
-    assert json.loads((newest_sound(alone) / "state.json").read_bytes())["samples_seen"] == 36
-    assert [line["step"] for line in read_metrics(alone)] == list(range(1, 10))
