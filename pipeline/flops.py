@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.config import PretrainConfig
+from pipeline.data.haar import input_side
 from pipeline.methods import build_method
 from pipeline.methods.protocol import MicroBatch, Moment
 from pipeline.runtime import Runtime, half_precision
@@ -26,12 +27,12 @@ _MEASURED_SECONDS = 0.3
 _MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
 
 
-class Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Floating-point operations, 2 per multiply and add, of what runs with and without gradient."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.with_gradient, self.without = 0, 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.with_gradient = self.without = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -39,7 +40,7 @@ class Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            flops = formula(*args, **(kwargs or {}), out_val=out)
+            flops: int = formula(*args, **(kwargs or {}), out_val=out)
             if torch.is_grad_enabled():
                 self.with_gradient += flops
             else:
@@ -67,11 +68,12 @@ def flops_per_sample(config: PretrainConfig, store: TileStore) -> float:
         method = build_method(plain, Runtime(0, 1, meta), store)
         for network in method.networks().values():
             network.eval()  # BatchNorm would ask the other ranks
-        halved = 2 if config.views.input == "haar" else 1
-        views = [torch.empty(_TILES, 3, spec.size // halved, spec.size // halved) for spec in method.views]
+        sides = [input_side(spec.size, config.views.input) for spec in method.views]
+        views = [torch.empty(_TILES, 3, side, side) for side in sides]
         rows = np.arange(_TILES)
         method.loss(method.student, MicroBatch(views, rows, np.zeros_like(rows)), Moment(0, config.train.steps, 0.0))
-    return (counter.without + 3 * counter.with_gradient) / _TILES
+    total: float = counter.without + 3 * counter.with_gradient
+    return total / _TILES
 
 
 @dataclass(frozen=True)
