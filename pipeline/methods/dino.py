@@ -99,7 +99,7 @@ class Dino:
             count = views.global_crops + views.local_crops
             raise UsageError(f"views.global_crops + views.local_crops is {count}, DINO compares 2 views or more")
         self.views: tuple[ViewSpec, ...] = specs
-        backbone = build_encoder(model.name, model.drop_path)
+        backbone = build_encoder(model.name, model.drop_path, config.train.recompute)
         head = DinoHead(width(backbone), method.out_dim, method.hidden_dim, method.bottleneck_dim)
         self._projector = Projector(backbone, head).to(device)
         self.student: nn.Module = self._projector

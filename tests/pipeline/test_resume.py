@@ -40,7 +40,7 @@ class TinyBackbone(nn.Module):
 
 @pytest.fixture
 def _tiny(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    monkeypatch.setattr(dino, "build_encoder", lambda name, drop_path: TinyBackbone())
+    monkeypatch.setattr(dino, "build_encoder", lambda name, drop_path, recompute: TinyBackbone())
 
 
 @pytest.fixture
