@@ -31,13 +31,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from pipeline.flops import flops_per_sample, peak
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+# This file's folder stands first, where ``import tiling`` would find benchmarks/tiling.py.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipeline.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig, TrainConfig, ViewsConfig
 from pipeline.data.loader import Batch
+from pipeline.flops import flops_per_sample, peak
 from pipeline.methods import build_method
 from pipeline.methods.protocol import Moment
 from pipeline.runtime import Runtime, autocast, half_precision
