@@ -10,8 +10,8 @@ of its own, which take turns; each saves several times, the first time into file
     floor        as many bytes, in one piece: the step waits for their copy; they are written, fsynced and hashed
 
 ``waits_s``: until the step can go on (``waits_cpu_s``: the CPU time of that, which a busy machine does not lengthen).
-``stands_s``: until the checkpoint has its name. ``beside``: how much longer a piece of work of the main thread
-(hundreds of tiny operations, as an eager step launches) takes while the thread writes.
+``stands_s``: until the checkpoint has its name. ``beside``: how much longer a piece of work of the main thread (some
+hundred tiny operations, as an eager step launches) takes while the thread writes.
 ``extra_mb``: peak of resident memory (10^6 bytes) above that of the networks and moments.
 """
 
