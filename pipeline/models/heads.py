@@ -1,5 +1,7 @@
 """Projection heads."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -59,3 +61,9 @@ class DinoHead(nn.Module):
         out = self.mlp(x_BD)
         cosines: torch.Tensor = self.last_layer(F.normalize(out, dim=-1, eps=_SHORTEST.get(out.dtype, _SHORTEST_ELSE)))
         return cosines
+
+
+def sizes_of_head(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The sizes that ``DinoHead`` was made with, of its state dict."""
+    prototypes = state["last_layer.weight_v"].shape
+    return {"out_dim": prototypes[0], "hidden_dim": len(state["mlp.0.bias"]), "bottleneck_dim": prototypes[1]}
