@@ -12,7 +12,7 @@ from torch import nn
 from pipeline import checkpoint
 from pipeline.models import facebook
 from pipeline.models.encoders import build_encoder, width
-from pipeline.models.heads import DinoHead
+from pipeline.models.heads import DinoHead, sizes_of_head
 from tiling import atomic
 from tiling.errors import CheckpointError, UsageError
 
@@ -150,10 +150,7 @@ def load_original(path: Path, mpp: float, device: torch.device) -> FrozenEncoder
     sizes = None
     if found.head is not None:
         tensors |= {f"head.{key}": tensor for key, tensor in found.head.items()}
-        prototypes = found.head["last_layer.weight_v"].shape
-        sizes = {
-            "out_dim": prototypes[0], "hidden_dim": len(found.head["mlp.0.bias"]), "bottleneck_dim": prototypes[1],
-        }  # fmt: skip
+        sizes = sizes_of_head(found.head)
     teacher = networks(name, sizes)
     checkpoint.require_fitting(path, tensors, teacher)
     teacher.load_state_dict(tensors)
