@@ -234,7 +234,9 @@ def test_alarms_are_named_with_their_steps(tmp_path: Path) -> None:
     ]  # fmt: skip
     many = [line(step, skipped_tiles=step // 10 % 2, skipped_share=0.0) for step in steps]
     section = runs.run_section(make_run(tmp_path / "often", many, (120,), **config))
-    assert section.warnings[0].startswith("alarm damaged_tiles, 3 times before and at steps 70 to 78, 90 to 98, 110 to 118")
+    assert section.warnings[0].startswith(
+        "alarm damaged_tiles, 3 times before and at steps 70 to 78, 90 to 98, 110 to 118"
+    )
 
 
 def test_a_run_with_a_probe(tmp_path: Path) -> None:
