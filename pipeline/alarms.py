@@ -21,7 +21,7 @@ LINES_NEEDED = WINDOW + BEFORE
 
 # Shares of ln K: how near to it the teacher's entropy or the loss, how small the entropy.
 _UNIFORM, _ONE_PROTOTYPE, _AT_LN_K = 0.004, 0.01, 0.002
-_LEAST_SPREAD, _LEAST_RANK = 0.01, 2.0  # the head's outputs of unrelated tiles have a spread of 1
+_LEAST_SPREAD, _LEAST_RANK = 0.005, 2.0  # the head's outputs of unrelated tiles have a spread of 1
 _EXPLODED = 20.0  # times the gradient norm of before
 _STARVED = 0.2  # share of the time
 _LEAST_SCALE = 64.0  # ten halvings from where it starts
