@@ -211,8 +211,9 @@ def table(ranked: Sequence[Ranked]) -> str:
     keys = list(ranked[0].varied)
     heads = ["rank", *keys, "probe accuracy", "seeds", "RankMe", "loss"]
     rows = []
-    for place, line in enumerate(ranked, start=1):
+    for line in ranked:
         known = not math.isnan(line.mean("knn"))
+        place = 1 + sum(other.mean("knn") > line.mean("knn") for other in ranked)  # equal ones share it
         values = [json.dumps(line.varied[key]) for key in keys]
         seeds = str(line.planned) if len(line.judged) == line.planned else f"{len(line.judged)} of {line.planned}"
         figures = [_number(line.mean("probe_rankme"), 1), _number(line.mean("loss"), 3)]

@@ -26,7 +26,7 @@ def run(words: Sequence[str]) -> int:
     add("--data", type=Path, required=True, metavar="STORE", help="the TileStore to train on")
     add("--probe", type=Path, metavar="STORE", help="the labelled TileStore to judge on (default: that of --data)")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the comparison; one that exists is continued")
-    add("--part", type=part_of, default=(1, 1), metavar="I/N", help="train only the I-th of N shares of the cells")
+    add("--part", type=part_of, metavar="I/N", help="train only the I-th of N shares of the cells")
     add("--plan", action="store_true", help="only write DIR/configs, and name the cells")
     args, overrides = parser.parse_known_args(words)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -39,6 +39,6 @@ def run(words: Sequence[str]) -> int:
         return 0
     from pipeline.compare import TABLE, compare, table  # torch takes seconds to import: bad plans should not
 
-    print(table(compare(cells, args.out, args.probe or args.data, args.part)))
+    print(table(compare(cells, args.out, args.probe or args.data, args.part or (1, 1))))
     print(args.out / TABLE)
     return 0

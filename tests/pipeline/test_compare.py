@@ -263,13 +263,15 @@ def test_table_of_several_seeds_some_missing() -> None:
         Ranked({"method.out_dim": 2048}, [judged(0.4)], 2),
         Ranked({"method.out_dim": 8192}, [], 2),
         Ranked({"method.out_dim": 1024}, [judged(0.5), judged(0.7)], 2),
+        Ranked({"method.out_dim": 512}, [judged(0.6), judged(0.6)], 2),
     ]
     text = table(best_first(lines))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == ["rank", "method.out_dim", "probe accuracy", "seeds", "RankMe", "loss"]
     assert rows[2:] == [
         ["1", "1024", "0.600 ± 0.141", "2", "20.0", "7.500"],
-        ["2", "2048", "0.400", "1 of 2", "20.0", "7.500"],
+        ["1", "512", "0.600 ± 0.000", "2", "20.0", "7.500"],
+        ["3", "2048", "0.400", "1 of 2", "20.0", "7.500"],
         ["-", "4096", "-", "1 of 2", "-", "-"],
         ["-", "8192", "-", "0 of 2", "-", "-"],
     ]
