@@ -4,7 +4,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
@@ -17,7 +18,9 @@ from pipeline.heartbeat import Heartbeat
 from pipeline.methods import build_method
 from pipeline.methods.protocol import Moment
 from pipeline.monitor import Monitor
-from pipeline.runtime import joined, ranks_lost
+from pipeline.probe import Probe, open_probe
+from pipeline.runtime import joined, leave, ranks_lost
+from pipeline.saver import Saver
 from pipeline.trainer import Step, Trainer
 from tiling.errors import BonyError, StoreError, UsageError
 from tiling.progress import progress, say
@@ -50,12 +53,13 @@ def pretrain(config: PretrainConfig) -> Path:
             raise StoreError("no kept tile in this store", config.data)
         about = run.describe(config, runtime, store)
         run.require_usable(out, about, config)
+        probe = open_probe(config, runtime, store)
         torch.manual_seed(derive_seed(config.train.seed, _STREAM_INIT))
         trainer = Trainer(config, runtime, build_method(config, runtime, store))
         chosen = runtime.first_decides(lambda: _begin(block, out, about))
         position = _resume(trainer, Path(chosen) if chosen else None)
         if position.step < config.train.steps:
-            signal, position = _train(trainer, store, position, about)
+            signal, position = _train(trainer, store, position, about, probe)
         elif runtime.is_first:
             say(f"{out}: all {config.train.steps} steps are done already")
     if signal:
@@ -68,7 +72,6 @@ def _begin(block: ExitStack, out: Path, about: dict[str, Any]) -> str | None:
     block.enter_context(run.held(out))
     run.begin(out, about)
     stopping.unmark(out)
-    say(f"{out}: {about['tiles']} tiles, {about['global_batch']} per step, {about['ranks']} ranks")
     folder = checkpoint.newest_sound(out)
     return str(folder) if folder is not None else None
 
@@ -87,7 +90,9 @@ def _resume(trainer: Trainer, folder: Path | None) -> Position:
     return position
 
 
-def _train(trainer: Trainer, store: TileStore, position: Position, about: dict[str, Any]) -> tuple[int, Position]:
+def _train(
+    trainer: Trainer, store: TileStore, position: Position, about: dict[str, Any], probe: Probe | None
+) -> tuple[int, Position]:
     """From a position to the last step, or to a signal: which one (0 for none), and how far it came.
 
     Raises:
@@ -97,10 +102,13 @@ def _train(trainer: Trainer, store: TileStore, position: Position, about: dict[s
     with closing(Heartbeat(out, runtime, train.timeout)) as heartbeat, ExitStack() as block:
         listener = block.enter_context(stopping.Stopping(runtime).listening())
         loader = Loader(
-            store, train.seed, train.batch_per_rank, runtime.rank, runtime.world, position.samples_seen, runtime.device
-        )
+            store, train.seed, train.batch_per_rank, runtime.rank, runtime.world, position.samples_seen,
+            runtime.device, train.shuffle, train.damaged,
+        )  # fmt: skip
         block.enter_context(closing(loader))
-        writer = block.enter_context(closing(_Writer(trainer, position, about))) if runtime.is_first else None
+        writer = (
+            block.enter_context(_Writer(trainer, store, loader, probe, position, about)) if runtime.is_first else None
+        )
         advance = block.enter_context(
             progress("pretraining", train.steps - position.step, "steps", shown=runtime.is_first)
         )
@@ -143,37 +151,56 @@ class _Writer:
 
     Args:
         trainer: The trainer.
+        store: What it trains on.
+        loader: Where its tiles come from.
+        probe: Judges the encoder.
         position: Where the run continues.
         about: What checkpoints say of the run.
     """
 
-    def __init__(self, trainer: Trainer, position: Position, about: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        store: TileStore,
+        loader: Loader,
+        probe: Probe | None,
+        position: Position,
+        about: dict[str, Any],
+    ) -> None:
         self._trainer, self._about = trainer, about
-        self._out, self._every = trainer.config.out or Path(), trainer.config.checkpoint.every
-        self._monitor = Monitor(self._out, position.step, trainer.config.train.log_every, trainer.method.constants)
+        self._out, self._settings = trainer.config.out or Path(), trainer.config.checkpoint
+        self._loader = loader
+        self._monitor = Monitor(trainer.config, trainer.runtime, trainer.method, store, position.step, probe)
+        self._monitor.judge_untrained()
+        self._saver = Saver(self._out, self._settings.keep, self._settings.keep_every)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Flush everything."""
+        self._monitor.close()
+        self._saver.__exit__(kind, error, at)
 
     def after(self, done: Step, position: Position, epoch: float, last: bool) -> str:
         """Take in a step, save where it is time; returns a note for the progress bar."""
-        self._monitor.add(done.figures, self._trainer.global_batch)
-        line = self._monitor.log(position.step, last, {**done.schedules, "epoch": epoch})
-        if last or position.step % self._every == 0:
-            checkpoint.save(
-                self._out, position, self._trainer.method.networks(), self._trainer.state(), self._trainer.optimizer,
-                self._about, self._trainer.config.checkpoint.keep,
-            )  # fmt: skip
+        self._monitor.add(done, self._trainer.global_batch)
+        line = self._monitor.log(position.step, last, epoch, self._loader.waited_s, self._loader.skipped)
+        if last or position.step % self._settings.every == 0:
+            networks, state = self._trainer.method.networks(), self._trainer.state()
+            self._saver.save(position, networks, state, self._trainer.optimizer, self._about)
+        else:
+            self._saver.poll()
         return f"loss {line['loss']:.3f}" if line else ""
 
     def finish(self, signal: int, position: Position) -> None:
-        """Wait until the last checkpoint stands; say so where a signal was the reason."""
+        """Wait until the last checkpoint stands; mark the run where a signal was the reason."""
+        self._saver.wait()
         if signal:
             stopping.mark(self._out, signal, position.step)
-
-    def close(self) -> None:
-        """Flush everything."""
-        self._monitor.close()
 
 
 if __name__ == "__main__":
     from pipeline.cli import main
 
-    sys.exit(main(["pretrain", *sys.argv[1:]]))
+    leave(main(["pretrain", *sys.argv[1:]]))

@@ -16,6 +16,7 @@ from pipeline.runtime import Runtime
 from pipeline.trainer import global_batch
 from tiling import atomic, claims
 from tiling.errors import StoreError, UsageError
+from tiling.progress import say
 from tiling.store import TileStore
 
 WORK = "work"
@@ -42,6 +43,7 @@ def describe(config: PretrainConfig, runtime: Runtime, store: TileStore) -> dict
     return {
         "config": flatten(asdict(config)),
         "global_batch": global_batch(config, runtime.world),
+        "micro_batch": config.train.batch_per_rank * runtime.world,
         "ranks": runtime.world,
         "store_fingerprint": store.fingerprint,
         "dataset": store.description.dataset,
@@ -67,16 +69,23 @@ def require_usable(run: Path, about: dict[str, Any], config: PretrainConfig) -> 
 
 
 def begin(run: Path, about: dict[str, Any]) -> None:
-    """Write RUN/run.json, unless the run is being continued."""
+    """Write RUN/run.json, unless the run is being continued; say what is trained on."""
+    say(f"{run}: {about['tiles']} tiles, {about['global_batch']} per step, {about['ranks']} ranks")
     if not (run / RUN.file).exists():
         atomic.write_json(run / RUN.file, RUN.describe(about))
+        return
+    before = RUN.read(run)["micro_batch"]
+    if before != about["micro_batch"]:
+        say(f"BatchNorm sees micro-batches of {about['micro_batch']} tiles, not of {before} as before")
 
 
 def _require_same(run: Path, known: dict[str, Any], about: dict[str, Any], config: PretrainConfig) -> None:
+    defaults = fixed_values(PretrainConfig())  # for keys that Bony did not have when the run was started
     for key, value in fixed_values(config).items():
-        if known["config"].get(key) != value:
+        before = known["config"].get(key, defaults[key])
+        if before != value:
             raise UsageError(
-                f"run was started with {key} = {known['config'].get(key)}, not {value}",
+                f"run was started with {key} = {before}, not {value}",
                 run,
                 "continue with the same config, or choose another --out",
             )

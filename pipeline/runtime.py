@@ -5,11 +5,12 @@ import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -138,6 +139,15 @@ def joined(timeout: float = _TIMEOUT_SECONDS) -> Iterator[Runtime]:
     # Not on an error: leaving would wait for ranks that wait for this one; torchrun ends them.
     if world > 1:
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """Exit; at once after an error amid the others, since taking the process group down in order may wait for them."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def ranks_lost(error: RuntimeError) -> bool:

@@ -97,7 +97,7 @@ class Trainer:
         settings, dtype = self.config.views, next(self.method.student.parameters()).dtype
         return make_views(
             batch.tiles, batch.ids, batch.epochs, self.method.views, self.colour, self.config.train.seed,
-            settings.mean, settings.std, dtype,
+            settings.mean, settings.std, dtype, settings.input,
         )  # fmt: skip
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from pipeline.models.encoders import build_encoder, width
 from pipeline.models.heads import DinoHead
 from pipeline.runtime import Runtime
 from pipeline.schedules import cosine, linear
+from tiling.errors import UsageError
 from tiling.store import TileStore
 
 
@@ -94,8 +95,11 @@ class Dino:
         pairs = paired(self._teacher_names, [spec.name for spec in specs])
         self._student_names = [spec.name for position, spec in enumerate(specs) if any(s == position for _, s in pairs)]
         self._pairs = paired(self._teacher_names, self._student_names)
+        if not pairs:
+            count = views.global_crops + views.local_crops
+            raise UsageError(f"views.global_crops + views.local_crops is {count}, DINO compares 2 views or more")
         self.views: tuple[ViewSpec, ...] = specs
-        backbone = build_encoder(model.name, model.drop_path)
+        backbone = build_encoder(model.name, model.drop_path, config.train.recompute)
         head = DinoHead(width(backbone), method.out_dim, method.hidden_dim, method.bottleneck_dim)
         self._projector = Projector(backbone, head).to(device)
         self.student: nn.Module = self._projector

@@ -32,7 +32,8 @@ class MicroBatch:
 
     Args:
         views: One tensor (B, 3, S, S) per entry of the method's ``views``.
-        ids: Index rows of the tiles in the store, int64, shape (B,): what masks and labels are functions of.
+        ids: Index rows of the tiles in the store, int64, shape (B,): what masks and labels are functions of. One may be
+            there twice, with the same views, where it stands in for a damaged tile.
         epochs: Which pass over the data each is in, int64, shape (B,).
     """
 
@@ -47,7 +48,8 @@ class Outcome:
 
     Args:
         loss: Scalar to be minimised.
-        figures: Detached scalars for the log, on the device.
+        figures: Detached scalars for the log, on the device; of the same names in every micro-batch on every rank.
+            They are averaged.
         features: Detached features of the encoder that the run is for, shape (N, D): their rank is watched.
     """
 
@@ -62,7 +64,8 @@ class Method(Protocol):
     Attributes:
         views: The views it wants of every tile; views that it would not encode are not made.
         student: What is trained; the loop wraps it for several ranks and passes the wrapped one to ``loss``.
-        encoder: The network that the run is for: images (B, 3, S, S) -> features (B, D). Part of ``networks()``.
+        encoder: The network that the run is for: images (B, 3, S, S) -> features (B, D); a submodule of one of
+            ``networks()``. Whoever uses it on one rank only does so in eval mode, where BatchNorm asks no other rank.
         constants: Figures for the reader that do not change, such as ln K.
     """
 
@@ -74,6 +77,10 @@ class Method(Protocol):
     def loss(self, student: nn.Module, batch: MicroBatch, moment: Moment) -> Outcome:
         """Loss of one micro-batch; several may come before one update.
 
+        It calls ``student`` once, and every trained parameter has its part in the loss (DistributedDataParallel). It
+        may call collectives, as all ranks are here at once, each with as many samples. What is random is a function of
+        seed, epoch and id (``pipeline.data.randomness.uniforms``, streams from METHOD_STREAM on).
+
         Args:
             student: ``self.student``, or its wrapper.
             batch: This rank's share.
@@ -81,7 +88,10 @@ class Method(Protocol):
         """
 
     def before_update(self, moment: Moment) -> None:
-        """Called with all gradients of a step in place, before clipping and the optimizer."""
+        """Called with all gradients of a step in place, before clipping and the optimizer; they may be dropped here.
+
+        Their values are still multiplied by the loss's scale.
+        """
 
     def after_update(self, moment: Moment, applied: torch.Tensor) -> None:
         """Called once after the optimizer's update.
@@ -96,7 +106,10 @@ class Method(Protocol):
         """Everything with parameters or buffers that a checkpoint must hold, by name."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Further tensors that a checkpoint must hold; filled in place when one is loaded."""
+        """Further tensors that a checkpoint must hold; filled in place when one is loaded.
+
+        Checkpoints are made between steps: what ``after_update`` empties is none of them.
+        """
 
 
 def parameter_groups(student: nn.Module) -> list[dict[str, object]]:
