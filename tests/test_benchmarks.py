@@ -227,3 +227,13 @@ def test_does_it_learn_runs_again_from_what_is_there(tmp_path: Path, shared_data
     assert len(times) == 4  # two seeds, trained and not
     assert run("does_it_learn.py", "--quick", "--seeds", "0", "1", "--out", str(tmp_path)) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")} == times
+
+
+def test_train_step_reports_bonys_step_where_the_original_is_not_there() -> None:
+    options = ["--model", "vit_tiny_patch16_224", "--batch", "2", "--steps", "1", "--rounds", "1", "--out-dim", "64"]
+    report = run("train_step.py", *options)
+    assert set(report["figures"]) == {"Bony", "Bony, views ready", "Bony, recompute"}
+    assert report["flops_per_sample"] > 1e9
+    for figures in report["figures"].values():
+        assert 0 < figures["samples_per_s"] < report["limit"]["samples_per_s_at_peak"]
+        assert figures["over_original"] is None

@@ -185,6 +185,7 @@ def _facts(run: _Run) -> dict[str, str | Link]:
         "loss": f"{loss:.3f} (last tenth)" if loss is not None else DASH,
         "time in steps": f"{duration(run.seconds)}, {decimal(rate, 1)} tiles/s",
         **_judgement(run),
+        **({"begins with": about["begins_with"]["what"]} if about["begins_with"] else {}),
         "made by": software(about["software"]),
     }
 
