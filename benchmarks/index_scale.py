@@ -75,7 +75,7 @@ def step_build(store: Path) -> dict[str, float]:
 
 def step_open(store: Path) -> dict[str, float]:
     """What a training run does before its first batch: the store is opened, the first samples are known."""
-    from pipeline.data.loader import Order
+    from pipeline.data.order import Order
 
     imported = time.process_time()
     start = time.perf_counter()

@@ -7,8 +7,8 @@ from tiling.described import Format
 from tiling.errors import CheckpointError, EvaluationError, FeatureError, UsageError
 from tiling.store import TILE_STORE
 
-RUN = Format("run", 2, "run.json", CheckpointError, "bony pretrain")
-CHECKPOINT = Format("checkpoint", 2, "state.json", CheckpointError, "bony pretrain")
+RUN = Format("run", 3, "run.json", CheckpointError, "bony pretrain")
+CHECKPOINT = Format("checkpoint", 3, "state.json", CheckpointError, "bony pretrain")
 FEATURE_STORE = Format("feature store", 1, "features.json", FeatureError, "bony embed")
 RESULT = Format("result", 1, "results.json", EvaluationError, "bony evaluate")
 BUNDLE = Format("bundle", 1, "config.json", CheckpointError, "bony export")

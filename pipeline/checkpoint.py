@@ -3,24 +3,27 @@
 A checkpoint holds no random state: what is random is a function of seed, step and sample (DESIGN.md, rule 3).
 """
 
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import nn
 
 from pipeline.boxes import CHECKPOINT
+from pipeline.tensor_file import TensorFile
 from tiling import atomic
 from tiling.errors import CheckpointError
 from tiling.progress import say
 
 FOLDER, LATEST, STATE, WORK = "checkpoints", "latest", CHECKPOINT.file, "work"
-OPTIMIZER, METHOD_STATE = "optimizer", "method"
+OPTIMIZER, METHOD_STATE, SUFFIX = "optimizer", "method", ".safetensors"
+_NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,78 @@ def step_folder(run: Path, step: int) -> Path:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as safetensors, readable for whoever the umask lets (``save_file`` would say 0600)."""
-    path.write_bytes(to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    file = TensorFile(tensors)
+    file.fill(tensors)
+    file.write(path)
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Optimizer state as ``<parameter number>.<name>`` -> tensor."""
-    state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": value for number, values in state.items() for name, value in values.items()}
+def tensors_by_file(
+    networks: Mapping[str, nn.Module], state: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Mapping[str, torch.Tensor]]:
+    """The live tensors that a checkpoint holds, by the name of their file; the optimizer's as ``<number>.<name>``."""
+    moments = optimizer.state_dict()["state"]
+    return {
+        **{f"{name}{SUFFIX}": network.state_dict() for name, network in networks.items()},
+        f"{METHOD_STATE}{SUFFIX}": state,
+        f"{OPTIMIZER}{SUFFIX}": {
+            f"{number}.{name}": value for number, values in moments.items() for name, value in values.items()
+        },
+    }
+
+
+def write(
+    run: Path, position: Position, files: Mapping[str, TensorFile], about: Mapping[str, Any], keep: int, keep_every: int
+) -> Path:
+    """Write one checkpoint, make it the latest, and remove older ones that need not be kept.
+
+    Args:
+        run: The RUN folder.
+        position: Where the run stands.
+        files: The tensors, by the name of their file.
+        about: JSON values that say what it is: config, store, mpp, software.
+        keep: How many of the newest stay.
+        keep_every: Those whose step is a multiple of this stay too; 0: none.
+
+    Returns:
+        The checkpoint's folder. A sound one that stands there already is left as it is.
+
+    Raises:
+        CheckpointError: It cannot be written, such as on a full disk; what stood before is as it was.
+    """
+    final, latest = step_folder(run, position.step), run / FOLDER / LATEST
+    try:
+        with _workplace(run) as work:
+            # Written first, so that a full disk ends this before anything has its name.
+            atomic.write_bytes(work / LATEST, f"{final.name}\n".encode())
+            if not atomic.stands(final, work):  # a damaged one was passed over when the run was continued
+                with atomic.building(final, work) as folder:
+                    for name, file in files.items():
+                        file.write(folder / name)
+                    values = {"step": position.step, "samples_seen": position.samples_seen, **about}
+                    atomic.write_json(folder / STATE, CHECKPOINT.describe(values))
+            (work / LATEST).replace(latest)
+            atomic.fsync_folder(latest.parent)
+            _prune(run, work, position.step, keep, keep_every)
+    except OSError as error:
+        needed, free = sum(file.nbytes for file in files.values()), shutil.disk_usage(run).free
+        raise CheckpointError(
+            f"the checkpoint cannot be written ({error}): it needs {needed:,} bytes, {free:,} are free",
+            final,
+            "earlier checkpoints are as they were; make space, then continue the run",
+        ) from error
+    return final
+
+
+@contextmanager
+def _workplace(run: Path) -> Iterator[Path]:
+    """A folder for what is unfinished: empty at first, whatever a killed saver left, and gone in the end."""
+    work = run / FOLDER / WORK
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def save(
@@ -56,62 +124,73 @@ def save(
     about: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write one checkpoint and make it the latest; older ones beyond ``keep`` are removed.
+    """As ``pipeline.saver.Saver.save``, at once."""
+    files = {}
+    for name, tensors in tensors_by_file(networks, state, optimizer).items():
+        files[name] = TensorFile(tensors)
+        files[name].fill(tensors)
+    return write(run, position, files, about, keep, 0)
 
-    Args:
-        run: The RUN folder.
-        position: Where the run stands.
-        networks: Modules by name.
-        state: The method's further tensors by name.
-        optimizer: The optimizer.
-        about: JSON values that say what it is: config, store, mpp, software.
-        keep: How many of the newest stay.
 
-    Returns:
-        The checkpoint's folder.
+def superfluous(steps: Sequence[int], keep: int, keep_every: int) -> list[int]:
+    """Those of ascending steps that are neither among the last ``keep`` nor multiples of ``keep_every`` (0: none is).
+
+    >>> superfluous([10, 20, 30, 40, 50], keep=2, keep_every=20)
+    [10, 30]
     """
-    final, work = step_folder(run, position.step), run / FOLDER / WORK
-    shutil.rmtree(work, ignore_errors=True)  # what a killed save left
-    atomic.stands(final, work)  # a damaged one was passed over when the run was continued from an older one
-    with atomic.building(final, work) as folder:
-        for name, network in networks.items():
-            write_tensors(folder / f"{name}.safetensors", network.state_dict())
-        write_tensors(folder / f"{METHOD_STATE}.safetensors", state)
-        write_tensors(folder / f"{OPTIMIZER}.safetensors", _optimizer_tensors(optimizer))
-        values = {"step": position.step, "samples_seen": position.samples_seen, **about}
-        atomic.write_json(folder / STATE, CHECKPOINT.describe(values))
-    atomic.write_bytes(run / FOLDER / LATEST, f"{final.name}\n".encode())
+    return [step for step in steps[:-keep] if not keep_every or step % keep_every]
+
+
+def _prune(run: Path, work: Path, newest: int, keep: int, keep_every: int) -> None:
+    """Move what need not be kept away at once, so that a kill leaves no half-removed checkpoint under its name."""
     # Newer ones are damaged, or this run would have been continued from them: they must not push sound ones out.
-    for old in [folder for folder in list_checkpoints(run) if folder.name <= final.name][:-keep]:
-        shutil.rmtree(old)
-    return final
+    steps = [step for step in map(step_of, list_checkpoints(run)) if step <= newest]
+    for step in superfluous(steps, keep, keep_every):
+        atomic.set_aside(step_folder(run, step), work)
+
+
+def step_of(folder: Path) -> int:
+    """Step of a checkpoint's folder, from its name.
+
+    >>> step_of(Path("run/checkpoints/step-00001234"))
+    1234
+    """
+    return int(folder.name.removeprefix("step-"))
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """All checkpoints of a run, sound or not, oldest first."""
-    return sorted((run / FOLDER).glob("step-*"))
+    folders = [path for path in (run / FOLDER).glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(folders, key=step_of)
 
 
 def newest_sound(run: Path) -> Path | None:
     """The newest checkpoint whose every file matches its checksum; damaged ones are named and passed over.
 
+    So is a ``latest`` that names a checkpoint which is not there: it is for readers, what stands decides.
+
     Returns:
         Its folder, or None when the run has no checkpoint at all.
 
     Raises:
-        CheckpointError: There are checkpoints, but not one is sound.
+        CheckpointError: There are checkpoints, but not one is sound; or there are none, and ``latest`` names one.
     """
-    candidates = list_checkpoints(run)
+    candidates, latest = list_checkpoints(run), run / FOLDER / LATEST
+    named = latest.read_bytes() if latest.exists() else None
+    if named is not None and named not in {f"{folder.name}\n".encode() for folder in candidates}:
+        say(f"{latest}: names {named[:32]!r}, and no such checkpoint is there")
     for folder in reversed(candidates):
         found = atomic.damaged_files(folder)
         if not found:
             return folder
         say(f"damaged checkpoint passed over: {found[0]}")
     if candidates:
-        raise CheckpointError(
-            f"none of {len(candidates)} checkpoints is sound", run, "start a new run in another --out folder"
-        )
-    return None
+        what = f"none of {len(candidates)} checkpoints is sound"
+    elif named is not None:
+        what = "all checkpoints are gone"
+    else:
+        return None
+    raise CheckpointError(what, run, "start a new run in another --out folder")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -127,7 +206,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def _fitting(folder: Path, name: str, network: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of one network, all there and of its shapes."""
-    path = folder / f"{name}.safetensors"
+    path = folder / f"{name}{SUFFIX}"
     try:
         tensors = load_file(path)
     except FileNotFoundError as error:
@@ -164,7 +243,7 @@ def load_network(folder: Path, name: str, network: nn.Module) -> None:
 
 def _fitting_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, torch.Tensor]]:
     """Optimizer state by parameter number, of the parameters' shapes (or scalars)."""
-    path = folder / f"{OPTIMIZER}.safetensors"
+    path = folder / f"{OPTIMIZER}{SUFFIX}"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(path).items():
@@ -190,7 +269,7 @@ def load(
     """
     about = read_state(folder)
     tensors = {name: _fitting(folder, name, network) for name, network in networks.items()}
-    path = folder / f"{METHOD_STATE}.safetensors"
+    path = folder / f"{METHOD_STATE}{SUFFIX}"
     saved = load_file(path)
     for name, tensor in state.items():
         _require_shape(path, name, saved.get(name), tensor)

@@ -122,18 +122,15 @@ class ViewsConfig:
     def __post_init__(self) -> None:
         _require(self.global_crops >= 1, "views.global_crops", self.global_crops, "1 or more")
         _require(self.local_crops >= 0, "views.local_crops", self.local_crops, "0 or more")
-        _require(
-            self.global_crops + self.local_crops >= 2,
-            "views.global_crops + views.local_crops",
-            self.global_crops + self.local_crops,
-            "2 or more, since one view has no other to be compared with",
-        )
         for key in ("global_size", "local_size"):
             _require(getattr(self, key) >= 8, f"views.{key}", getattr(self, key), "8 or more")
         for key in ("global_scale", "local_scale"):
             low, high = getattr(self, key)
             _require(0 < low <= high <= 1, f"views.{key}", (low, high), "two shares in 0 to 1, the lower one first")
         _require_one_of(INPUTS, "views.input", self.input)
+        if self.input == "haar":
+            for key in ("global_size", "local_size"):
+                _require(getattr(self, key) % 2 == 0, f"views.{key}", getattr(self, key), "even for views.input haar")
         _require(min(self.std) > 0, "views.std", self.std, "above 0")
 
 

@@ -1,25 +1,28 @@
 """The training loop: short, method-agnostic. ``torchrun -m pipeline.pretrain`` and ``bony pretrain`` run it."""
 
 import sys
-from dataclasses import asdict
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
-from pipeline import checkpoint
-from pipeline.boxes import RUN
+from pipeline import checkpoint, run, stopping
 from pipeline.checkpoint import Position
-from pipeline.config import PretrainConfig, fixed_values, flatten
-from pipeline.data.loader import Loader
+from pipeline.config import PretrainConfig
+from pipeline.data.loader import Batch, Loader
 from pipeline.data.randomness import derive_seed
+from pipeline.heartbeat import Heartbeat
 from pipeline.methods import build_method
+from pipeline.methods.protocol import Moment
 from pipeline.monitor import Monitor
-from pipeline.runtime import Runtime, joined
-from pipeline.trainer import Trainer, global_batch
-from tiling import atomic
-from tiling.errors import StoreError, UsageError
+from pipeline.probe import Probe, open_probe
+from pipeline.runtime import joined, leave, ranks_lost
+from pipeline.saver import Saver
+from pipeline.trainer import Step, Trainer
+from tiling.errors import BonyError, StoreError, UsageError
 from tiling.progress import progress, say
 from tiling.store import TileStore
 
@@ -34,131 +37,170 @@ def pretrain(config: PretrainConfig) -> Path:
 
     Raises:
         UsageError: ``data`` or ``out`` is missing, or RUN was started with another config.
+        HeldError: Another job is writing to RUN.
         StoreError: The store is unusable, empty, or not the one the run was started on.
         CheckpointError: RUN has checkpoints, and none is sound or fits.
-        BonyError: The loss is no longer finite.
+        Stopped: A signal asked the run to stop; everything is saved.
+        BonyError: The loss is no longer finite, or other ranks do not answer.
     """
     if config.data is None or config.out is None:
         raise UsageError(f"--{'data' if config.data is None else 'out'} is missing")
-    with joined() as runtime, TileStore(config.data, config.train.threads) as store:
+    out, signal = config.out, 0
+    with ExitStack() as block:
+        runtime = block.enter_context(joined(config.train.timeout))
+        store = block.enter_context(TileStore(config.data, config.train.threads))
         if len(store) == 0:
             raise StoreError("no kept tile in this store", config.data)
-        about = describe(config, runtime, store)
-        _require_usable(config.out, about, config)
+        about = run.describe(config, runtime, store)
+        run.require_usable(out, about, config)
+        probe = open_probe(config, runtime, store)
         torch.manual_seed(derive_seed(config.train.seed, _STREAM_INIT))
-        trainer = Trainer(config, runtime, build_method(config, runtime.device))
-        runtime.barrier()  # all ranks have looked at RUN before the first one makes it
-        if runtime.is_first:
-            _begin(config.out, about)
-        position = _resume(config.out, trainer, runtime)
+        trainer = Trainer(config, runtime, build_method(config, runtime, store))
+        chosen = runtime.first_decides(lambda: _begin(block, out, about))
+        position = _resume(trainer, Path(chosen) if chosen else None)
         if position.step < config.train.steps:
-            _loop(trainer, store, position, about)
+            signal, position = _train(trainer, store, position, about, probe)
         elif runtime.is_first:
-            say(f"{config.out}: all {config.train.steps} steps are done already")
-        return config.out
+            say(f"{out}: all {config.train.steps} steps are done already")
+    if signal:
+        raise stopping.Stopped(signal, position.step, out)
+    return out
 
 
-def _loop(trainer: Trainer, store: TileStore, position: Position, about: dict[str, Any]) -> None:
-    """From ``position`` to the last step, saving on the way."""
-    config, runtime, method = trainer.config, trainer.runtime, trainer.method
-    run, train = config.out or Path(), config.train
-    batch, samples = global_batch(config, runtime.world), position.samples_seen
-    loader = Loader(store, train.seed, train.batch_per_rank, runtime.rank, runtime.world, samples, runtime.device)
-    monitor = Monitor(run, position.step, train.log_every, method.constants) if runtime.is_first else None
-    batches = iter(loader)
-    try:
-        with progress("pretraining", train.steps - position.step, "steps", shown=runtime.is_first) as advance:
-            for step in range(position.step, train.steps):
-                figures, now = trainer.step(batches, step, epoch=samples / len(store))
-                samples += batch
-                done, note = step + 1, ""
-                if monitor is not None:
-                    monitor.add(figures, batch)
-                    line = monitor.log(done, done == train.steps, {**now, "epoch": samples / len(store)})
-                    note = f"loss {line['loss']:.3f}" if line else ""
-                if done % config.checkpoint.every == 0 or done == train.steps:
-                    _save(trainer, Position(done, samples), about)
-                advance(note=note)
-    finally:
-        loader.close()
-        if monitor is not None:
-            monitor.close()
+def _begin(block: ExitStack, out: Path, about: dict[str, Any]) -> str | None:
+    """On the first rank: hold RUN for the block, begin it, and choose the checkpoint to go on from."""
+    block.enter_context(run.held(out))
+    run.begin(out, about)
+    stopping.unmark(out)
+    folder = checkpoint.newest_sound(out)
+    return str(folder) if folder is not None else None
 
 
-def describe(config: PretrainConfig, runtime: Runtime, store: TileStore) -> dict[str, Any]:
-    """What RUN/run.json and every checkpoint say of the run; no patient data."""
-    return {
-        "config": flatten(asdict(config)),
-        "global_batch": global_batch(config, runtime.world),
-        "ranks": runtime.world,
-        "store_fingerprint": store.fingerprint,
-        "dataset": store.description.dataset,
-        "slides": len(store.slide_ids),
-        "tiles": len(store),
-        "tiling": store.description.settings.to_json(),
-        "mpp": store.mpp,
-        "software": {"bony": version("bony"), "torch": torch.__version__, "timm": version("timm")},
-    }
-
-
-def _require_usable(run: Path, about: dict[str, Any], config: PretrainConfig) -> None:
-    """RUN must be new, empty, or a run that may be continued with this config, these ranks and this store."""
-    if (run / RUN.file).exists():
-        _require_same(run, RUN.read(run), about, config)
-    elif run.exists() and any(run.iterdir()):
-        raise UsageError("exists and is no run", run, "choose another --out")
-
-
-def _begin(run: Path, about: dict[str, Any]) -> None:
-    """Make RUN, unless it is being continued, and say what is trained on."""
-    if not (run / RUN.file).exists():
-        run.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(run / RUN.file, RUN.describe(about))
-    say(f"{run}: {about['tiles']} tiles, {about['global_batch']} per step, {about['ranks']} ranks")
-
-
-def _require_same(run: Path, known: dict[str, Any], about: dict[str, Any], config: PretrainConfig) -> None:
-    for key, value in fixed_values(config).items():
-        if known["config"].get(key) != value:
-            raise UsageError(
-                f"run was started with {key} = {known['config'].get(key)}, not {value}",
-                run,
-                "continue with the same config, or choose another --out",
-            )
-    if known["global_batch"] != about["global_batch"]:
-        raise UsageError(
-            f"run was started with {known['global_batch']} samples a step, not {about['global_batch']}",
-            run,
-            "keep ranks x train.batch_per_rank x train.accumulate",
-        )
-    if known["store_fingerprint"] != about["store_fingerprint"]:
-        raise StoreError("the store's content is not what this run was started on", config.data, "use that store")
-
-
-def _resume(run: Path, trainer: Trainer, runtime: Runtime) -> Position:
-    """Fill everything from the newest sound checkpoint, where there is one."""
-    folder = checkpoint.newest_sound(run)
+def _resume(trainer: Trainer, folder: Path | None) -> Position:
+    """Fill everything from a checkpoint, where there is one."""
+    position = Position(0, 0)
     if folder is None:
-        if runtime.is_first:
-            say(f"learning rate {trainer.lr:.3g} after the linear rule and its cap ({trainer.config.optim.lr_cap:.3g})")
-        return Position(0, 0)
-    position = checkpoint.load(folder, trainer.method.networks(), trainer.method.state(), trainer.optimizer)
-    if runtime.is_first:
-        say(f"continuing from {folder} at step {position.step}")
+        said = f"learning rate {trainer.lr:.3g} after the linear rule and its cap ({trainer.config.optim.lr_cap:.3g})"
+    else:
+        position = checkpoint.load(folder, trainer.method.networks(), trainer.state(), trainer.optimizer)
+        trainer.loaded()
+        said = f"continuing from {folder} at step {position.step}"
+    if trainer.runtime.is_first:
+        say(said)
     return position
 
 
-def _save(trainer: Trainer, position: Position, about: dict[str, Any]) -> None:
-    if trainer.runtime.is_first:
-        method, config = trainer.method, trainer.config
-        run = config.out or Path()
-        checkpoint.save(
-            run, position, method.networks(), method.state(), trainer.optimizer, about, config.checkpoint.keep
+def _train(
+    trainer: Trainer, store: TileStore, position: Position, about: dict[str, Any], probe: Probe | None
+) -> tuple[int, Position]:
+    """From a position to the last step, or to a signal: which one (0 for none), and how far it came.
+
+    Raises:
+        BonyError: The loss is no longer finite, or other ranks do not answer.
+    """
+    out, train, runtime = trainer.config.out or Path(), trainer.config.train, trainer.runtime
+    with closing(Heartbeat(out, runtime, train.timeout)) as heartbeat, ExitStack() as block:
+        listener = block.enter_context(stopping.Stopping(runtime).listening())
+        loader = Loader(
+            store, train.seed, train.batch_per_rank, runtime.rank, runtime.world, position.samples_seen,
+            runtime.device, train.shuffle, train.damaged,
+        )  # fmt: skip
+        block.enter_context(closing(loader))
+        writer = (
+            block.enter_context(_Writer(trainer, store, loader, probe, position, about)) if runtime.is_first else None
         )
-    trainer.runtime.barrier()
+        advance = block.enter_context(
+            progress("pretraining", train.steps - position.step, "steps", shown=runtime.is_first)
+        )
+        try:
+            batches, signal = _watched(loader, heartbeat), 0
+            while position.step < train.steps and not signal:
+                heartbeat.at(position.step, "training")
+                done = trainer.step(batches, Moment(position.step, train.steps, position.samples_seen / len(store)))
+                position = Position(position.step + 1, position.samples_seen + trainer.global_batch)
+                signal = listener.agreed()
+                last = position.step == train.steps or signal != 0
+                if last or position.step % train.log_every == 0 or position.step % trainer.config.checkpoint.every == 0:
+                    trainer.require_finite()
+                if writer is not None:
+                    advance(note=writer.after(done, position, position.samples_seen / len(store), last))
+            heartbeat.at(position.step, "waiting for the last checkpoint")
+            if writer is not None:
+                writer.finish(signal, position)
+            runtime.barrier()  # torchrun ends all ranks when the first one leaves: not before all is written
+            return signal, position
+        except RuntimeError as error:
+            if not ranks_lost(error):
+                raise
+            what = f"rank {runtime.rank} waits in vain for the others: {heartbeat.stuck()}"
+            raise BonyError(what, out, "run the same command again to go on") from error
+
+
+def _watched(loader: Loader, heartbeat: Heartbeat) -> Iterator[Batch]:
+    """The loader's batches; heartbeats say when a rank waits for tiles."""
+    batches = iter(loader)
+    while True:
+        heartbeat.doing("waiting for tiles")
+        batch = next(batches)
+        heartbeat.doing("training")
+        yield batch
+
+
+class _Writer:
+    """What only the first rank does after a step: metrics and checkpoints.
+
+    Args:
+        trainer: The trainer.
+        store: What it trains on.
+        loader: Where its tiles come from.
+        probe: Judges the encoder.
+        position: Where the run continues.
+        about: What checkpoints say of the run.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        store: TileStore,
+        loader: Loader,
+        probe: Probe | None,
+        position: Position,
+        about: dict[str, Any],
+    ) -> None:
+        self._trainer, self._about = trainer, about
+        self._out, self._settings = trainer.config.out or Path(), trainer.config.checkpoint
+        self._loader = loader
+        self._monitor = Monitor(trainer.config, trainer.runtime, trainer.method, store, position.step, probe)
+        self._monitor.judge_untrained()
+        self._saver = Saver(self._out, self._settings.keep, self._settings.keep_every)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Flush everything."""
+        self._monitor.close()
+        self._saver.__exit__(kind, error, at)
+
+    def after(self, done: Step, position: Position, epoch: float, last: bool) -> str:
+        """Take in a step, save where it is time; returns a note for the progress bar."""
+        self._monitor.add(done, self._trainer.global_batch)
+        line = self._monitor.log(position.step, last, epoch, self._loader.waited_s, self._loader.skipped)
+        if last or position.step % self._settings.every == 0:
+            networks, state = self._trainer.method.networks(), self._trainer.state()
+            self._saver.save(position, networks, state, self._trainer.optimizer, self._about)
+        else:
+            self._saver.poll()
+        return f"loss {line['loss']:.3f}" if line else ""
+
+    def finish(self, signal: int, position: Position) -> None:
+        """Wait until the last checkpoint stands; mark the run where a signal was the reason."""
+        self._saver.wait()
+        if signal:
+            stopping.mark(self._out, signal, position.step)
 
 
 if __name__ == "__main__":
     from pipeline.cli import main
 
-    sys.exit(main(["pretrain", *sys.argv[1:]]))
+    leave(main(["pretrain", *sys.argv[1:]]))

@@ -24,6 +24,15 @@ def cosine(step: int, steps: int, start: float, end: float, warmup: int = 0) -> 
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
+def linear(epoch: float, warmup: float, start: float, end: float) -> float:
+    """From ``start`` to ``end`` in ``warmup`` epochs, then ``end``.
+
+    >>> [linear(epoch, 2, 0.04, 0.08) for epoch in (0, 1, 2, 3)]
+    [0.04, 0.06, 0.08, 0.08]
+    """
+    return end if epoch >= warmup else start + (end - start) * epoch / warmup
+
+
 def effective_lr(lr: float, global_batch: int, cap: float) -> float:
     """The linear rule, lr x global batch / 256 (Goyal et al. 2017), up to ``cap``.
 

@@ -1,4 +1,4 @@
-"""That the tiling benchmarks run and report: no figure is judged here, machines differ."""
+"""That the benchmarks run and report: no figure is judged here, machines differ."""
 
 import json
 import subprocess
@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from pipeline.data.randomness import derive_seed
+from pipeline.pretrain import _STREAM_INIT
 from tiling import codec
 from tiling.slide import open_slide
 from tiling.tissue import tissue_mask
@@ -59,6 +62,36 @@ def test_memory_reports_the_peak_of_a_worker(work: Path) -> None:
     assert all(50 < one["peak_mb"] < 1000 for one in runs)
     assert all(one["tiles"] > 0 for one in runs)
     assert report["within_limit"] is True
+
+
+def test_loader_reports_every_step_and_both_orders() -> None:
+    report = run("loader.py", "--quick", "--batch", "20")
+    steps = ("order", "read, threads 1", "copy", "views")
+    assert set(report["share"]) == set(steps)
+    assert sum(report["share"].values()) == pytest.approx(1, abs=0.01)
+    assert all(
+        report["ms_per_tile"][name]["wall"] > 0 for name in ("views", "read, threads 2", "pure decode, threads 2")
+    )
+    for figures in report["overlapped"].values():
+        assert figures["samples_per_s"] == pytest.approx(1000 / figures["ms_per_tile"], rel=0.01)
+        assert 0 <= figures["waited_share"] <= 1
+    everywhere, by_shards = (report["epoch_order"][name] for name in ("global", "shards"))
+    assert everywhere["slides_in_9600"] > by_shards["slides_in_9600"] > 100
+    assert by_shards["held_mb"] == pytest.approx(everywhere["held_mb"], rel=0.05)
+
+
+def test_augment_reports_both_pipelines_the_limit_and_ratios() -> None:
+    report = run("augment.py", "--samples", "3", "--rounds", "2")
+    cpu = report["cpu"]
+    times = cpu["ms_per_sample"]
+    assert set(times) == {
+        "bony_original", "bony_histology", "original_bicubic", "original_bilinear", "sampling_alone",
+    }  # fmt: skip
+    assert all(time > 0 for time in times.values())
+    assert times["sampling_alone"] < times["bony_original"]
+    assert 0 < cpu["share_of_limit"] < 1
+    assert cpu["original_bilinear_over_bony"] > 0
+    assert (report["gpu"] is None) == (not torch.cuda.is_available())
 
 
 def test_made_slide_is_a_pyramid_with_tissue_that_its_pattern_decides(tmp_path: Path) -> None:
@@ -114,3 +147,83 @@ def test_steps_leave_no_trace_and_say_when_a_name_is_gone(monkeypatch: pytest.Mo
     with pytest.raises(LookupError, match=r"tiling\.pictures:no_such_name is gone"), steps.timed_steps():
         pass
     assert codec.encode is encode
+
+
+def test_the_slides_that_are_held_out_are_the_ones_that_were_drawn(shared_data: Path) -> None:
+    from benchmarks import does_it_learn as learn
+
+    seed, drawn = learn.draw_held_out(shared_data / "panda_gleason_tiles/manifest.csv")
+    assert (seed, len(set(drawn))) == (0, 30)
+    assert learn.HELD_OUT.read_text().split() == drawn
+
+
+def test_neighbours_vote_as_the_original_knn_code_has_them_vote() -> None:
+    from benchmarks import does_it_learn as learn
+
+    rng = np.random.default_rng(0)
+    known, asked, labels = rng.normal(size=(90, 5)), rng.normal(size=(40, 5)), rng.integers(3, size=90)
+    expected = []
+    for one in asked:
+        alike = [float(one @ other / np.linalg.norm(one) / np.linalg.norm(other)) for other in known]
+        votes = [0.0, 0.0, 0.0]
+        for place in sorted(range(90), key=lambda place: -alike[place])[:20]:
+            votes[labels[place]] += np.exp(alike[place] / 0.07)
+        expected.append(int(np.argmax(votes)))
+    assert learn.knn(known, labels, asked).tolist() == expected
+    assert len(set(expected)) == 3
+
+
+def test_rankme_counts_the_directions_that_features_have() -> None:
+    from benchmarks import does_it_learn as learn
+
+    square = np.linalg.qr(np.random.default_rng(0).normal(size=(50, 8)))[0]
+    assert learn.rankme(square) == pytest.approx(8, rel=1e-4)
+    assert learn.rankme(square[:, :1] @ np.ones((1, 8))) == pytest.approx(1, rel=1e-4)
+
+
+def test_slides_are_resampled_whole_within_their_class_and_the_same_for_all_contenders() -> None:
+    from benchmarks import does_it_learn as learn
+
+    labels = np.repeat([0, 1], [12, 6])
+    slides = np.array([0] * 8 + [1] * 4 + [2] * 3 + [3] * 3)
+    hits = {"one": slides % 2 == 0, "other": slides % 2 == 1}
+    drawn = learn.resampled(hits, labels, slides)
+    # Of class 0 both slides, one of them twice, or the other twice: 8 of 12 tiles right, all, or none; so of class 1.
+    assert {round(value, 6) for value in drawn["one"]} == {
+        round((a + b) / 2, 6) for a in (0, 8 / 12, 1) for b in (0, 0.5, 1)
+    }
+    np.testing.assert_allclose(drawn["one"] + drawn["other"], 1)
+    assert drawn["one"].mean() == pytest.approx(((1 + 0 + 2 * 8 / 12) / 4 + 0.5) / 2, abs=0.02)
+
+
+def test_the_random_contender_is_what_the_run_begins_with(tmp_path: Path) -> None:
+    from benchmarks import does_it_learn as learn
+    from pipeline.methods import build_method
+
+    settings = learn.config(tmp_path, tmp_path, seed=1, steps=40)
+    encoder = learn.untrained(settings, 0.5)
+    torch.manual_seed(derive_seed(1, _STREAM_INIT))
+    begun = build_method(settings, torch.device("cpu")).networks()["teacher"].state_dict()
+    assert encoder.head is not None
+    for name, network in (("backbone", encoder.backbone), ("head", encoder.head)):
+        assert all(torch.equal(value, begun[f"{name}.{key}"]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.slow
+def test_does_it_learn_runs_again_from_what_is_there(tmp_path: Path, shared_data: Path) -> None:
+    first = run("does_it_learn.py", "--quick", "--seeds", "0", "1", "--out", str(tmp_path))
+    assert (first["slides"], first["tiles"]) == (30, 30)
+    known = json.loads((tmp_path / "seed-0/run.json").read_text())
+    assert known["slides"] == 75
+    table = first["balanced_accuracy"]
+    for point, low, high in table["pretrained, cls"]:
+        assert 0 <= low <= point <= high <= 1
+    for ours, random, apart in zip(
+        table["pretrained, cls"], table["random, cls"], table["pretrained, cls - random, cls"], strict=True
+    ):
+        assert apart[0] == pytest.approx(ours[0] - random[0], abs=2e-4)
+    assert first["training"]["seed 0"] != first["training"]["seed 1"]
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
+    assert len(times) == 4  # two seeds, trained and not
+    assert run("does_it_learn.py", "--quick", "--seeds", "0", "1", "--out", str(tmp_path)) == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")} == times

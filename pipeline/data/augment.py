@@ -1,205 +1,33 @@
 """Multi-crop views as batched tensor operations on the device, from uint8 tiles.
 
-A `ViewSpec` says what kind of view is wanted. `draw` makes it `ViewParameters`, a few numbers per sample, on the host
-and without state: a sample gets the same view in any batch, on any rank, after any resume. `render` makes the pixels;
-what happens to which sample is known on the host, so the device is never waited for.
+What is random in a view is drawn in ``views.py``; `render` makes the pixels. What happens to which sample is known on
+the host, so the device is never waited for.
 
 As in the original DINO (facebookresearch/dino, ``main_dino.py``, ``DataAugmentationDINO``): the order crop, flip,
 jitter, greyscale, blur, solarise, normalise; with preset ``original`` also every probability and strength. Not as
 there: resampling is bilinear, not bicubic; nothing is rounded to uint8 in between; the four jitters keep one order
 (torchvision shuffles them); the blur is a true Gaussian (PIL's is three boxes); crops as told in `draw`.
+
+Stains, which the original does not change, come right after the crop: densities are those of light that went through
+the tissue, as the tile has it; jitter, which stands for the camera, bends and clips that light.
 """
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from pipeline.data.randomness import uniforms
-from tiling.errors import UsageError
+from pipeline.data import colour as pixels
+from pipeline.data.haar import input_side, network_input
+from pipeline.data.views import ColourSpec, ViewParameters, ViewSpec, colour_spec, draw, view_specs
+
+__all__ = ["ColourSpec", "ViewParameters", "ViewSpec", "colour_spec", "draw", "make_views", "render", "view_specs"]
 
 Triple = tuple[float, float, float]
-Drawn = tuple[int, "ViewParameters"]  # a view's side in pixels, and what was drawn for it
+Drawn = tuple[int, ViewParameters]  # a view's side in pixels, and what was drawn for it
 
-MAX_SIGMA = 2.0  # widest blur, pixels of the view
-BLUR_RADIUS = 6  # three of these standard deviations
-LOCAL_STREAM = 1 << 16  # globals have the streams below: one view more leaves the others as they are
 CPU_VALUES = 6 * 3 * 224 * 224  # a CPU works on about this many values at a time, so that they stay in its cache
-
-
-def _check_shares(spec: object, names: Sequence[str]) -> None:
-    for name in names:
-        if not 0 <= getattr(spec, name) <= 1:
-            raise UsageError(f"{name} is {getattr(spec, name)}, must lie in 0 to 1")
-
-
-@dataclass(frozen=True)
-class ViewSpec:
-    """One kind of view."""
-
-    name: str  # for logs and errors: global0, local3
-    stream: int  # the view's identity: its random stream, unique among a sample's views
-    size: int  # side of the view, pixels
-    scale: tuple[float, float]  # share of the tile's area that a crop covers, least and largest
-    blur: float  # probability
-    solarise: float  # probability
-    is_global: bool
-
-    def __post_init__(self) -> None:
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise UsageError(f"scale is {self.scale}, must rise within 0 to 1", self.name)
-        if self.size <= BLUR_RADIUS:
-            raise UsageError(f"size is {self.size} px, must be over the blur's {BLUR_RADIUS}", self.name)
-        _check_shares(self, ("blur", "solarise"))
-
-
-@dataclass(frozen=True)
-class ColourSpec:
-    """What all views share: colours, orientations, width of the blur."""
-
-    brightness: float  # factors lie in [1 - this, 1 + this]
-    contrast: float  # the same
-    saturation: float  # the same
-    hue: float  # at most this many turns either way
-    jitter: float  # probability of these four together
-    greyscale: float  # probability
-    rot90: bool  # turned by 0, 90, 180 or 270 degrees
-    vertical_flip: bool  # half are flipped upside down; mirrored half always are
-    blur_sigma: tuple[float, float] = (0.1, MAX_SIGMA)  # standard deviation, pixels of the view
-
-    def __post_init__(self) -> None:
-        low, high = self.blur_sigma
-        if not 0 < low <= high <= MAX_SIGMA:
-            raise UsageError(f"blur_sigma is {self.blur_sigma}, must rise within 0 to {MAX_SIGMA:g} px")
-        if not 0 <= self.hue <= 0.5:
-            raise UsageError(f"hue is {self.hue}, must lie in 0 to 0.5 turns")
-        _check_shares(self, ("brightness", "contrast", "saturation", "jitter", "greyscale"))
-
-
-# "histology" is our choice, in the spirit of Kang et al. 2023 ("Benchmarking self-supervised learning on diverse
-# pathology datasets", CVPR): tissue has no upright; hue and fine texture carry the diagnosis. So all eight
-# orientations; half the jitter, a fifth of the hue; half the blur, at most 1 px; little greyscale; no solarisation.
-COLOURS = {
-    "original": ColourSpec(0.4, 0.4, 0.2, 0.1, jitter=0.8, greyscale=0.2, rot90=False, vertical_flip=False),
-    "histology": ColourSpec(0.2, 0.2, 0.1, 0.02, 0.8, 0.05, rot90=True, vertical_flip=True, blur_sigma=(0.1, 1.0)),
-}
-# Blur, then solarisation: their probabilities for the first global view, other globals, locals.
-CHANCES = {"original": ((1.0, 0.1, 0.5), (0.0, 0.2, 0.0)), "histology": ((0.5, 0.1, 0.25), (0.0, 0.0, 0.0))}
-
-
-@dataclass(frozen=True, eq=False)
-class ViewParameters:
-    """All that is random in one view of a batch: small arrays on the host, shape (B,)."""
-
-    box: np.ndarray  # (B, 4) float64: y0, x0, height, width of the crop in whole tile pixels
-    flip_h: np.ndarray  # bool: mirrored left to right
-    flip_v: np.ndarray  # bool: flipped upside down
-    quarter_turns: np.ndarray  # int64, 0 to 3: anticlockwise, after the flips
-    jitter: np.ndarray  # bool: whether the next four apply
-    brightness: np.ndarray  # float64, factor
-    contrast: np.ndarray  # float64, factor
-    saturation: np.ndarray  # float64, factor
-    hue: np.ndarray  # float64, turns
-    greyscale: np.ndarray  # bool
-    blur_sigma: np.ndarray  # float64, pixels of the view; 0 is no blur
-    solarise: np.ndarray  # bool
-
-    def digest(self) -> str:
-        """Sha256 over every field, to compare what two ranks or two runs drew."""
-        total = hashlib.sha256()
-        for name, array in vars(self).items():
-            total.update(f"{name} {array.dtype.name} {array.shape}".encode())
-            total.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
-        return total.hexdigest()
-
-    def take(self, rows: slice | np.ndarray) -> "ViewParameters":
-        """The parameters of some samples."""
-        return ViewParameters(**{name: array[rows] for name, array in vars(self).items()})
-
-    @staticmethod
-    def join(parts: "Sequence[ViewParameters]") -> "ViewParameters":
-        """The parameters of several batches, one after another."""
-        return ViewParameters(**{n: np.concatenate([vars(part)[n] for part in parts]) for n in vars(parts[0])})
-
-
-def colour_spec(preset: str) -> ColourSpec:
-    """Colours of a preset; UsageError if there is none of that name."""
-    _require_preset(preset)
-    return COLOURS[preset]
-
-
-def view_specs(
-    global_crops: int,
-    local_crops: int,
-    global_size: int,
-    local_size: int,
-    global_scale: tuple[float, float],
-    local_scale: tuple[float, float],
-    preset: str,
-) -> tuple[ViewSpec, ...]:
-    """All views of a sample, globals first: numbers of views, sides in pixels, least and largest shares of the area.
-
-    Raises:
-        UsageError: The preset is not known, or a number is out of range.
-    """
-    if global_crops < 0 or local_crops < 0 or global_crops + local_crops == 0:
-        raise UsageError(f"{global_crops} global and {local_crops} local crops, need at least one view")
-    _require_preset(preset)
-    blur, solarise = CHANCES[preset]
-    return tuple(
-        ViewSpec(f"global{i}", i, global_size, global_scale, blur[i > 0], solarise[i > 0], is_global=True)
-        for i in range(global_crops)
-    ) + tuple(
-        ViewSpec(f"local{i}", LOCAL_STREAM + i, local_size, local_scale, blur[2], solarise[2], is_global=False)
-        for i in range(local_crops)
-    )
-
-
-def draw(
-    spec: ViewSpec, colour: ColourSpec, seed: int, epochs: np.ndarray, ids: np.ndarray, tile_px: int
-) -> ViewParameters:
-    """Random parameters of one view: a pure function of seed, view, epoch and sample.
-
-    Crops follow torchvision's RandomResizedCrop: area uniform within ``spec.scale``, aspect ratio log-uniform in
-    3/4 to 4/3, whole pixels. Where torchvision draws again if the box does not fit (10 times, then takes the
-    middle), the ratio is drawn from those that fit: for a given area the same distribution, without a retry, and
-    areas stay uniform where retrying would favour small ones.
-
-    Args:
-        spec: The view.
-        colour: Colours and orientations.
-        seed: The run's seed.
-        epochs: Pass over the data for each sample, int64, shape (B,).
-        ids: Identity of each sample in the data set, int64, shape (B,).
-        tile_px: Side of the tiles, pixels.
-    """
-    # A column keeps its meaning for ever: a new use takes a new column, so that old runs can be repeated.
-    u = uniforms(seed, epochs, ids, spec.stream, 16).T  # (16, B)
-    swing = 2 * u - 1  # the same numbers, in [-1, 1)
-    share = np.interp(u[0], (0, 1), spec.scale)
-    log_limit = np.minimum(np.log(4 / 3), -np.log(share))  # a box of this share fits up to ratio 1 / share
-    root = np.exp(swing[1] * log_limit / 2)  # sqrt(width / height)
-    lengths = tile_px * np.sqrt(share) * np.stack([1 / root, root])
-    height, width = np.clip(np.round(lengths), 1, tile_px)
-    y0, x0 = np.floor(u[2] * (tile_px - height + 1)), np.floor(u[3] * (tile_px - width + 1))
-    return ViewParameters(
-        box=np.stack([y0, x0, height, width], axis=1),
-        flip_h=u[4] < 0.5,
-        flip_v=(u[5] < 0.5) & colour.vertical_flip,
-        quarter_turns=(u[6] * 4).astype(np.int64) * colour.rot90,
-        jitter=u[7] < colour.jitter,
-        brightness=1 + colour.brightness * swing[8],
-        contrast=1 + colour.contrast * swing[9],
-        saturation=1 + colour.saturation * swing[10],
-        hue=colour.hue * swing[11],
-        greyscale=u[12] < colour.greyscale,
-        blur_sigma=np.where(u[13] < spec.blur, np.interp(u[14], (0, 1), colour.blur_sigma), 0.0),
-        solarise=u[15] < spec.solarise,
-    )
 
 
 def make_views(
@@ -212,10 +40,11 @@ def make_views(
     mean: Triple,
     std: Triple,
     dtype: torch.dtype = torch.float32,
+    input: str = "rgb",
 ) -> list[torch.Tensor]:
     """All views of a batch, in the order of ``specs``, each (B, 3, size, size); see `draw` and `render`."""
     drawn = [(spec.size, draw(spec, colour, seed, epochs, ids, tiles.shape[1])) for spec in specs]
-    return _render_all(tiles, drawn, mean, std, dtype)
+    return _render_all(tiles, drawn, mean, std, dtype, input)
 
 
 def render(
@@ -225,6 +54,7 @@ def render(
     mean: Triple,
     std: Triple,
     dtype: torch.dtype = torch.float32,
+    input: str = "rgb",
 ) -> torch.Tensor:
     """Pixels of one view.
 
@@ -238,16 +68,20 @@ def render(
         mean: Channel means to subtract from pixels in [0, 1].
         std: Channel standard deviations to divide by.
         dtype: Of the result.
+        input: What the network is fed: rgb, or haar for the approximation of the view's Haar transform.
 
     Returns:
-        Shape (B, 3, size, size), on the tiles' device.
+        Shape (B, 3, size, size), half as wide and high for haar, on the tiles' device.
+
+    Raises:
+        UsageError: The input is not known, or haar and the size odd.
     """
-    return _render_all(tiles, [(spec.size, params)], mean, std, dtype)[0]
+    return _render_all(tiles, [(spec.size, params)], mean, std, dtype, input)[0]
 
 
 @torch.no_grad()
 def _render_all(
-    tiles: torch.Tensor, drawn: Sequence[Drawn], mean: Triple, std: Triple, dtype: torch.dtype
+    tiles: torch.Tensor, drawn: Sequence[Drawn], mean: Triple, std: Triple, dtype: torch.dtype, input: str
 ) -> list[torch.Tensor]:
     """Views of a batch: those of one size together; on a CPU, some tiles at a time, elsewhere all at once."""
     batch, px = tiles.shape[:2]
@@ -256,25 +90,44 @@ def _render_all(
     if any(len(params.box) != batch for _, params in drawn):
         raise ValueError(f"{batch} tiles but parameters of {[len(params.box) for _, params in drawn]} samples")
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    views = [torch.empty(batch, 3, size, size, dtype=dtype, device=tiles.device) for size, _ in drawn]
+    sides = [input_side(size, input) for size, _ in drawn]
+    views = [torch.empty(batch, 3, side, side, dtype=dtype, device=tiles.device) for side in sides]
     groups = {size: [i for i, (other, _) in enumerate(drawn) if other == size] for size, _ in drawn}
     most = 3 * max(px**2, *(len(members) * size**2 for size, members in groups.items()))  # values per tile
     step = max(1, CPU_VALUES // most if tiles.device.type == "cpu" else batch)
     for start in range(0, batch, step):
         rows = slice(start, start + step)
-        planes = tiles[rows].to(work).permute(0, 3, 1, 2)  # (b, 3, px, px), channels last in memory
+        planes = tiles[rows].to(work).mul_(1 / 255).permute(0, 3, 1, 2)  # (b, 3, px, px), channels last in memory
         for size, members in groups.items():
             params = ViewParameters.join([drawn[i][1].take(rows) for i in members])
-            x = _recolour(_crop(planes, params, size), params)  # (views * b, 3, size, size)
-            for channel in range(3):
-                x[:, channel].sub_(mean[channel]).div_(std[channel])
-            for i, part in zip(members, x.chunk(len(members)), strict=True):
-                views[i][rows] = part
+            order = _work_order(params)
+            there, back = (_send(indices, tiles.device, torch.int64) for indices in (order, np.argsort(order)))
+            x = _crop(planes, params, size).index_select(0, there)
+            _recolour(x, params.take(order))
+            x = network_input(x, input, mean, std).to(dtype)
+            for i, places in zip(members, back.chunk(len(members)), strict=True):
+                torch.index_select(x, 0, places, out=views[i][rows])
     return views
 
 
+def _work_order(params: ViewParameters) -> np.ndarray:
+    """Samples sorted so that those of one step lie in few runs, to be changed in place, not gathered and scattered."""
+    return np.lexsort((params.solarise, params.greyscale, _reach(params), params.jitter))
+
+
+def _stained(params: ViewParameters) -> np.ndarray:
+    """Bool, shape (B,): whether stains are changed."""
+    changed: np.ndarray = (params.stain_scale != 1).any(axis=1) | (params.stain_shift != 0).any(axis=1)
+    return changed
+
+
+def _reach(params: ViewParameters) -> np.ndarray:
+    """How far a blur reaches, pixels, shape (B,): 0, or the even number next above three sigma."""
+    return 2 * np.ceil(1.5 * params.blur_sigma)
+
+
 def _crop(planes: torch.Tensor, params: ViewParameters, size: int) -> torch.Tensor:
-    """Crop, flips, turn and resize in one bilinear sampling: (b, 3, px, px) of 0..255 -> (views * b, 3, size, size).
+    """Crop, flips, turn and resize in one bilinear sampling: (b, 3, px, px) -> (views * b, 3, size, size).
 
     Sampling points are clamped to the centres of the box's outer pixels, which is what cropping first and repeating
     the edge would give: no pixel outside the box is mixed in. The points form a lattice parallel to the axes, so
@@ -285,8 +138,7 @@ def _crop(planes: torch.Tensor, params: ViewParameters, size: int) -> torch.Tens
     along_rows, along_columns = torch.clamp(first + step * index, low, high)  # (views * b, 2, size) each
     grid = (along_rows[..., :, None] + along_columns[..., None, :]).permute(0, 2, 3, 1)  # x, y last
     parts = grid.chunk(len(grid) // len(planes))
-    x = torch.cat([functional.grid_sample(planes, g, padding_mode="border", align_corners=False) for g in parts])
-    return x.mul_(1 / 255)
+    return torch.cat([functional.grid_sample(planes, g, padding_mode="border", align_corners=False) for g in parts])
 
 
 def _lattice(params: ViewParameters, size: int, px: int) -> np.ndarray:
@@ -310,60 +162,22 @@ def _lattice(params: ViewParameters, size: int, px: int) -> np.ndarray:
     return out
 
 
-def _recolour(x: torch.Tensor, params: ViewParameters) -> torch.Tensor:
-    """Jitter, greyscale, blur, solarise: (B, 3, h, w) in [0, 1].
-
-    Samples are sorted meanwhile: those of one step lie in few runs, changed in place, not gathered and scattered.
-    """
-    reach = 2 * np.ceil(1.5 * params.blur_sigma)  # 0, or the even number of pixels next above three sigma
-    order = np.lexsort((params.solarise, params.greyscale, reach, params.jitter))
-    x, params, reach = x.index_select(0, _send(order, x.device, torch.int64)), params.take(order), reach[order]
+def _recolour(x: torch.Tensor, params: ViewParameters) -> None:
+    """Stains, jitter, greyscale, blur, solarise of samples in `_work_order`, in place: (B, 3, h, w) in [0, 1]."""
+    for run in _runs(_stained(params)):
+        mix, gain = pixels.stain_mix(params.stain_scale[run], params.stain_shift[run])
+        pixels.stain(x[run], *(_send(numbers, x.device, x.dtype)[..., None, None] for numbers in (mix, gain)))
     for run in _runs(params.jitter):
-        _jitter(x[run], params.take(run))
+        factors = np.stack([params.brightness, params.contrast, params.saturation, params.hue])[:, run]
+        pixels.jitter(x[run], *_send(factors, x.device, x.dtype)[..., None, None, None])
     for run in _runs(params.greyscale):
-        x[run] = _grey(x[run])
+        x[run] = pixels.grey(x[run])
+    reach = _reach(params)
     for run in _runs(reach):
         _blur(x[run], params.blur_sigma[run], int(reach[run.start]))
     for run in _runs(params.solarise):
         x[run] = torch.minimum(x[run], 1 - x[run])  # 1 - x from 0.5 up
-    return x.index_select(0, _send(np.argsort(order), x.device, torch.int64)).clamp_(0, 1)
-
-
-def _jitter(x: torch.Tensor, params: ViewParameters) -> None:
-    """Brightness, contrast, saturation, hue as torchvision defines them, one factor per sample; in place."""
-    factors = np.stack([params.brightness, params.contrast, params.saturation, params.hue])
-    brightness, contrast, saturation, hue = _send(factors, x.device, x.dtype)[..., None, None, None]
-    x.mul_(brightness).clamp_(0, 1)
-    mean = _grey(x.mean(dim=(2, 3), keepdim=True))  # (n, 1, 1, 1)
-    x.mul_(contrast).add_(mean * (1 - contrast)).clamp_(0, 1)
-    grey = _grey(x).mul_(1 - saturation)
-    x.mul_(saturation).add_(grey).clamp_(0, 1)
-    _shift_hue(x, hue)
-
-
-def _shift_hue(x: torch.Tensor, turns: torch.Tensor) -> None:
-    """Shift the hue of HSV, keeping value and saturation, in place: (n, 3, h, w) by (n, 1, 1, 1) turns.
-
-    Without branches, which cost more than all else here. Let p' = (p - min) / (max - min). Then g' + b' - r' + 1 is
-    the hue's distance from red in sixths of a turn, towards green if g >= b, else towards blue. And back, for a hue
-    h in [0, 6): r' = clamp(|h - 3|, 1, 2) - 1, g' = 2 - clamp(|h - 2|, 1, 2), b' = 2 - clamp(|h - 4|, 1, 2).
-    """
-    red, green, blue = x.chunk(3, dim=1)  # views of x, (n, 1, h, w)
-    low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
-    chroma = high.sub_(low)
-    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)
-    towards = (green - blue).mul_(1e30).add_(1).clamp_(-1, 1)  # 1 if g >= b, else -1
-    hue.mul_(towards).mul_(1 / 6).add_(turns + 2).frac_().mul_(6)
-    falling = torch.add(low, chroma, alpha=2)
-    for channel, centre, base, sign in ((green, 2, falling, -1), (blue, 4, falling, -1), (red, 3, low.sub_(chroma), 1)):
-        ramp = (hue - centre).abs_().clamp_(1, 2)
-        torch.addcmul(base, chroma, ramp, value=sign, out=channel)
-
-
-def _grey(x: torch.Tensor) -> torch.Tensor:
-    """ITU-R 601 luma, as torchvision rounds it: (n, 3, h, w) -> (n, 1, h, w)."""
-    red, green, blue = x.chunk(3, dim=1)
-    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+    x.clamp_(0, 1)
 
 
 def _blur(x: torch.Tensor, sigma: np.ndarray, reach: int) -> None:
@@ -393,8 +207,3 @@ def _send(array: np.ndarray, device: torch.device, dtype: torch.dtype) -> torch.
     """Host numbers to the device without waiting for it: only a copy from pinned memory is asynchronous."""
     tensor = torch.from_numpy(array).to(dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def _require_preset(name: str) -> None:
-    if name not in COLOURS:
-        raise UsageError(f"augmentation preset {name!r} is not one of {', '.join(COLOURS)}")

@@ -47,13 +47,14 @@ def uniforms(seed: int, epochs: np.ndarray, ids: np.ndarray, stream: int, n: int
     return (_counted(state[:, None], n) >> np.uint64(11)) * 2.0**-53  # the top 53 bits fill a float64 exactly
 
 
-def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The shuffle of one epoch: indices 0 to n - 1 ordered by a 64-bit hash each.
+def permutation(seed: int, epoch: int, n: int, *which: int) -> np.ndarray:
+    """A shuffle of one epoch: indices 0 to n - 1 ordered by a 64-bit hash each.
 
     Args:
         seed: The run's seed.
         epoch: Pass over the data.
-        n: Number of samples.
+        n: How many.
+        which: Which shuffle, where an epoch has several; without it, that of all samples.
 
     Returns:
         int64, shape (n,).
@@ -61,7 +62,7 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     >>> sorted(permutation(0, 3, 5).tolist())
     [0, 1, 2, 3, 4]
     """
-    start = np.array([[_chain((_PERMUTATION, seed, epoch))]], dtype=np.uint64)
+    start = np.array([[_chain((_PERMUTATION, seed, epoch, *which))]], dtype=np.uint64)
     return np.argsort(_counted(start, n)[0], kind="stable").astype(np.int64)
 
 

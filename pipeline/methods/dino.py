@@ -16,11 +16,13 @@ from torch import nn
 
 from pipeline.config import PretrainConfig
 from pipeline.data.augment import ViewSpec, view_specs
-from pipeline.methods.protocol import grouped_by_size
+from pipeline.methods.protocol import MicroBatch, Moment, Outcome, follow, grouped_by_size
 from pipeline.models.encoders import build_encoder, width
 from pipeline.models.heads import DinoHead
 from pipeline.runtime import Runtime
-from pipeline.schedules import cosine
+from pipeline.schedules import cosine, linear
+from tiling.errors import UsageError
+from tiling.store import TileStore
 
 
 class Projector(nn.Module):
@@ -30,11 +32,10 @@ class Projector(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
-        """V views (B, 3, S, S), those of one size next to each other -> (V * B, K), in the views' order."""
+    def forward(self, views: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """V views (B, 3, S, S), those of one size together -> features (V * B, D), outputs (V * B, K), view by view."""
         features = torch.cat([self.backbone(batch) for batch in grouped_by_size(views)])
-        logits: torch.Tensor = self.head(features)
-        return logits
+        return features, self.head(features)
 
 
 def paired(names_t: Sequence[str], names_s: Sequence[str]) -> list[tuple[int, int]]:
@@ -84,8 +85,8 @@ def wide(outputs: torch.Tensor) -> torch.Tensor:
 class Dino:
     """The method, on the trainer's protocol (pipeline.methods.protocol.Method)."""
 
-    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
-        views, method, model = config.views, config.method, config.model
+    def __init__(self, config: PretrainConfig, runtime: Runtime, store: TileStore) -> None:
+        views, method, model, device = config.views, config.method, config.model, runtime.device
         specs = view_specs(
             views.global_crops, views.local_crops, views.global_size, views.local_size, views.global_scale,
             views.local_scale, views.preset,
@@ -94,39 +95,44 @@ class Dino:
         pairs = paired(self._teacher_names, [spec.name for spec in specs])
         self._student_names = [spec.name for position, spec in enumerate(specs) if any(s == position for _, s in pairs)]
         self._pairs = paired(self._teacher_names, self._student_names)
+        if not pairs:
+            count = views.global_crops + views.local_crops
+            raise UsageError(f"views.global_crops + views.local_crops is {count}, DINO compares 2 views or more")
         self.views: tuple[ViewSpec, ...] = specs
-        backbone = build_encoder(model.name, model.drop_path)
+        backbone = build_encoder(model.name, model.drop_path, config.train.recompute)
         head = DinoHead(width(backbone), method.out_dim, method.hidden_dim, method.bottleneck_dim)
-        self.student: nn.Module = Projector(backbone, head).to(device)
+        self._projector = Projector(backbone, head).to(device)
+        self.student: nn.Module = self._projector
         self._prototypes = head.last_layer
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.teacher = copy.deepcopy(self._projector).requires_grad_(False)
         for part in self.teacher.modules():
             if isinstance(part, DropPath):
                 part.drop_prob = 0.0
         # The teacher stays in train mode: its BatchNorm statistics come from its own global views, as in the
         # original; the student's come from local ones and must not be averaged into it.
         self.teacher.train()
+        self.encoder = self.teacher.backbone
         self.centre = torch.zeros(method.out_dim, device=device)
         self._sum = torch.zeros_like(self.centre)
         self._count = 0
-        self._method = method
+        self._method, self._runtime = method, runtime
         self.constants = {"ln_k": math.log(method.out_dim)}
 
-    def loss(self, student: nn.Module, views: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, student: nn.Module, batch: MicroBatch, moment: Moment) -> Outcome:
         """Loss of one micro-batch; the teacher's outputs are added up for the centre."""
-        named = {spec.name: view for spec, view in zip(self.views, views, strict=True)}
-        batch = len(views[0])
+        named = {spec.name: view for spec, view in zip(self.views, batch.views, strict=True)}
         with torch.no_grad():
-            teacher = wide(self.teacher([named[name] for name in self._teacher_names]))
+            features, raw = self.teacher([named[name] for name in self._teacher_names])
+            teacher = wide(raw)
             self._sum += teacher.sum(dim=0)
             self._count += len(teacher)
-        out = wide(student([named[name] for name in self._student_names]))
+        out = wide(student([named[name] for name in self._student_names])[1])
         loss, entropy = dino_loss(
-            teacher.view(-1, batch, teacher.shape[-1]),
-            out.view(-1, batch, out.shape[-1]),
+            teacher.view(len(self._teacher_names), -1, teacher.shape[-1]),
+            out.view(len(self._student_names), -1, out.shape[-1]),
             self._pairs,
             self.centre,
-            self._method.teacher_temp,
+            self.teacher_temp(moment.epoch),
             self._method.student_temp,
         )
         figures = {
@@ -135,23 +141,27 @@ class Dino:
             "centre_norm": self.centre.norm(),
             "feature_std": F.normalize(out.detach(), dim=-1).std(dim=0, correction=0).mean() * out.shape[-1] ** 0.5,
         }
-        return loss, figures
+        return Outcome(loss, figures, features.detach())
 
-    def before_update(self, epoch: float) -> None:
+    def teacher_temp(self, epoch: float) -> float:
+        """The teacher's temperature, which may rise linearly at first (the original's ``teacher_temp_schedule``)."""
+        method = self._method
+        return linear(epoch, method.teacher_temp_warmup_epochs, method.teacher_temp_start, method.teacher_temp)
+
+    def before_update(self, moment: Moment) -> None:
         """Drop the prototypes' gradients while they are frozen."""
-        if epoch < self._method.freeze_last_layer_epochs:
+        if moment.epoch < self._method.freeze_last_layer_epochs:
             for parameter in self._prototypes.parameters():
                 parameter.grad = None
 
     @torch.no_grad()
-    def after_update(self, step: int, steps: int, runtime: Runtime) -> None:
+    def after_update(self, moment: Moment, applied: torch.Tensor) -> None:
         """One EMA of the teacher's parameters and one of the centre, over all micro-batches and ranks."""
-        momentum = cosine(step, steps, self._method.ema_start, self._method.ema_end)
-        old: list[torch.Tensor] = list(self.teacher.parameters())
-        new: list[torch.Tensor] = list(self.student.parameters())
-        torch._foreach_lerp_(old, new, 1 - momentum)
-        mean = runtime.sum(self._sum) / (self._count * runtime.world)
-        self.centre.lerp_(mean, 1 - self._method.centre_momentum)
+        momentum = cosine(moment.step, moment.steps, self._method.ema_start, self._method.ema_end)
+        follow(self.teacher, self._projector, momentum, applied)
+        mean = self._runtime.sum(self._sum) / (self._count * self._runtime.world)
+        moved = self.centre.lerp(mean, 1 - self._method.centre_momentum)
+        self.centre.copy_(torch.where(applied, moved, self.centre))
         self._sum.zero_()
         self._count = 0
 

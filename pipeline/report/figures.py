@@ -110,6 +110,8 @@ def training_curves(
         _curve(axes, x, y, _BLUE)
         if np.isfinite(y).any():
             _level(axes, (hlines or {}).get(key))
+            if np.nanmin(y) >= 0 > axes.get_ylim()[0]:  # what cannot be below 0 has no room there
+                axes.set_ylim(bottom=0)
     for axes in panels[len(keys) :]:
         axes.set_visible(False)
     for index in range(max(0, len(keys) - columns), len(keys)):

@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import alarms
 from pipeline.boxes import CHECKPOINT, RUN
 from pipeline.config import PretrainConfig, flatten
 from pipeline.report import figures
@@ -20,11 +21,12 @@ METRICS, CHECKPOINTS, TEACHER = "metrics.jsonl", "checkpoints", "teacher.safeten
 
 _PANELS = (
     ("loss", "loss"), ("teacher_entropy", "teacher entropy"), ("kl", "KL(teacher, student)"),
-    ("feature_std", "spread of head output"), ("grad_norm", "gradient norm"), ("samples_per_s", "tiles/s"),
+    ("knn", "kNN balanced accuracy"), ("rankme", "RankMe of features"), ("probe_rankme", "RankMe, probe's tiles"),
+    ("feature_std", "spread of head output"), ("centre_norm", "centre norm"), ("grad_norm", "gradient norm"),
+    ("samples_per_s", "tiles/s"), ("mfu", "model FLOPs utilisation"), ("data_wait_share", "share of time, no tiles"),
+    ("lr", "learning rate"), ("memory_gib", "peak memory, GiB"), ("loss_scale", "loss scale (fp16)"),
 )  # fmt: skip
-# Shares of ln K beyond which the teacher's entropy, and within which the loss, mean that nothing is being learned.
-_UNIFORM, _ONE_PROTOTYPE, _AT_LN_K = 0.99, 0.01, 0.01
-_LEAST_SPREAD = 0.01
+_SPANS_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,14 @@ class _Run:
         return total
 
     def last(self, key: str) -> float | None:
-        """Mean of a figure over the last tenth of the logged lines; None when it was not logged there."""
-        tail = self.metrics[-max(1, len(self.metrics) // 10) :] if self.metrics else []
-        values = [value for line in tail if (value := line.get(key)) is not None and math.isfinite(value)]
+        """Mean of a figure over the last tenth of the lines that have it; None where it is finite in none."""
+        lines = [line for line in self.metrics if key in line]
+        values = [value for line in lines[-max(1, len(lines) // 10) :] if _finite(value := line[key])]
         return sum(values) / len(values) if values else None
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _read_run(path: Path) -> _Run:
@@ -137,26 +143,29 @@ def _warnings(run: _Run) -> list[str]:
         found.append(f"not finished: {count(run.done)} of {count(run.steps)} steps, {where}")
     if not run.metrics:
         return [*found, "no figures are logged yet"]
-    lost = sum(line.get("loss") is None for line in run.metrics)
+    lost = sum(line.get("loss") is None for line in run.metrics if line["step"] > 0)
     if lost:
         found.append(f"the loss is not finite in {counted(lost, 'logged line')}")
-    return [*found, *_collapse(run)]
+    return [*found, *_alarms(run)]
 
 
-def _collapse(run: _Run) -> list[str]:
-    """Signs of collapse, or of nothing learned, in the last tenth of the logged lines."""
-    found = []
-    ln_k, entropy, loss, spread = (run.last(key) for key in ("ln_k", "teacher_entropy", "loss", "feature_std"))
-    if ln_k and entropy is not None and entropy > _UNIFORM * ln_k:
-        said = f"the teacher's entropy {entropy:.3f} is at ln K = {ln_k:.3f}"
-        found.append(f"{said}: its outputs are uniform (collapse, or nothing learned yet)")
-    elif ln_k and entropy is not None and entropy < _ONE_PROTOTYPE * ln_k:
-        found.append(f"the teacher's entropy {entropy:.3g} is at 0: one prototype takes all tiles (collapse)")
-    if ln_k and loss is not None and abs(loss / ln_k - 1) < _AT_LN_K:
-        found.append(f"the loss {loss:.3f} is at ln K = {ln_k:.3f}: nothing learned, so far or any more")
-    if spread is not None and spread < _LEAST_SPREAD:
-        found.append(f"the head's outputs hardly differ between tiles (spread {spread:.2g}; independent ones have 1)")
-    return found
+def _alarms(run: _Run) -> list[str]:
+    """Each alarm of the run once, with the steps at which it stood and what was seen last."""
+    seen: dict[str, list[alarms.Episode]] = {}
+    for episode in alarms.episodes(run.metrics, int(run.config["optim.warmup_steps"])):
+        seen.setdefault(episode.alarm.name, []).append(episode)
+    return [f"{_when(found, run.metrics[-1]['step'])}: {found[-1].alarm}" for found in seen.values()]
+
+
+def _when(found: Sequence[alarms.Episode], last_step: int) -> str:
+    """At which steps an alarm stood."""
+    spans = [
+        count(one.first_step) + (f" to {count(one.last_step)}" if one.last_step > one.first_step else "")
+        for one in found[-_SPANS_NAMED:]
+    ]
+    more = f"{counted(len(found) - len(spans), 'time')} before and " if len(found) > len(spans) else ""
+    over = "" if found[-1].last_step == last_step else ", over now"
+    return f"alarm {found[0].alarm.name}, {more}at steps {', '.join(spans)}{over}"
 
 
 def _facts(run: _Run) -> dict[str, str | Link]:
@@ -175,14 +184,29 @@ def _facts(run: _Run) -> dict[str, str | Link]:
         "batch": f"{count(about['global_batch'])} tiles a step on {counted(about['ranks'], 'rank')}",
         "loss": f"{loss:.3f} (last tenth)" if loss is not None else DASH,
         "time in steps": f"{duration(run.seconds)}, {decimal(rate, 1)} tiles/s",
+        **_judgement(run),
         "made by": software(about["software"]),
     }
 
 
+def _judgement(run: _Run) -> dict[str, str]:
+    """What the probe said first and last; nothing where there was none."""
+    judged = [(line["step"], line["knn"]) for line in run.metrics if _finite(line.get("knn"))]
+    if not judged:
+        return {}
+    (first_step, first), (last_step, last) = judged[0], judged[-1]
+    said = f"{last:.3f} at step {count(last_step)}, {first:.3f} at step {count(first_step)}"
+    return {"kNN balanced accuracy": f"{said}, chance {decimal(run.last('knn_chance'))}"}
+
+
 def _curves(run: _Run) -> Picture:
     panels = [panel for panel in _PANELS if panel[0] == "loss" or any(panel[0] in line for line in run.metrics)]
-    ln_k = run.last("ln_k")
-    levels = dict.fromkeys(("loss", "teacher_entropy"), (ln_k, "ln K")) if ln_k is not None else {}
+    ln_k, chance = run.last("ln_k"), run.last("knn_chance")
+    levels: dict[str, figures.Level] = {}
+    if ln_k is not None:
+        levels |= {"loss": (ln_k, "ln K"), "teacher_entropy": (ln_k, "ln K")}
+    if chance is not None:
+        levels["knn"] = (chance, "chance")
     caption = "Figures of the run. A loss that stays at ln K, or a teacher entropy of 0 or ln K, means collapse."
     return Picture(figures.training_curves(run.metrics, panels, hlines=levels), caption, "Curves of the run's figures")
 
@@ -223,8 +247,12 @@ def compare_runs(paths: Mapping[str, Path]) -> Section:
         if len({values.get(key) for values in described}) > 1
     ]
     heads: list[Cell] = ["", *(Link(name, str(path)) for name, path in paths.items())]
-    losses = figures.overlaid_curves({name: run.metrics for name, run in runs.items()}, "loss")
+    lines = {name: run.metrics for name, run in runs.items()}
+    losses = figures.overlaid_curves(lines, "loss")
     parts: list[Part] = [Table("What differs between the runs", heads, rows), Picture(losses, "Loss of the runs.")]
+    if any("knn" in line for run in runs.values() for line in run.metrics):
+        judged = figures.overlaid_curves(lines, "knn")
+        parts.append(Picture(judged, "Balanced accuracy of nearest neighbours on other slides, of the runs' probes."))
     if len({run.config["method.out_dim"] for run in runs.values()}) > 1:
         parts.append(Note("Losses of different method.out_dim are not comparable."))
     return Section("Runs compared", parts)
@@ -233,7 +261,7 @@ def compare_runs(paths: Mapping[str, Path]) -> Section:
 def _compared(run: _Run) -> dict[str, str]:
     """What two runs may differ in; where they lie is no difference."""
     config = {key: _value(value) for key, value in run.config.items() if key not in ("data", "out")}
-    figures_now = {key: decimal(run.last(key)) for key in ("loss", "teacher_entropy", "kl", "feature_std")}
+    figures_now = {key: decimal(run.last(key)) for key in ("loss", "teacher_entropy", "kl", "rankme", "knn", "mfu")}
     about = run.about
     return {
         "steps done": count(run.done), "time in steps": duration(run.seconds), **figures_now, **config,

@@ -1,11 +1,14 @@
 """What the trainer's tests share: a small real store, a tiny run's options, real ranks."""
 
+import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -121,3 +124,103 @@ def ranks(environment: dict[str, str]) -> Ranks:
         assert codes == [0] * world, f"exit codes {codes}\n" + "\n".join(said)
 
     return run
+
+
+class Job:
+    """Ranks of one run.
+
+    Attributes:
+        pids: Process of each rank.
+    """
+
+    def __init__(self, warm: "Warm", pids: list[int], log: Path) -> None:
+        self._warm, self.pids, self._log = warm, pids, log
+
+    def kill(self, number: int = signal.SIGKILL, rank: int | None = None) -> None:
+        """Send a signal to one rank, or to all; those that have ended are left out."""
+        for pid in self.pids if rank is None else [self.pids[rank]]:
+            if pid not in self._warm.codes:
+                os.kill(pid, number)
+
+    @property
+    def running(self) -> bool:
+        """Whether some rank still runs."""
+        self._warm.listen(0)
+        return any(pid not in self._warm.codes for pid in self.pids)
+
+    def end(self, seconds: float = 240) -> list[int]:
+        """Wait for all ranks; their exit codes, negative for signals. Kills them when time is up."""
+        until = time.monotonic() + seconds
+        while self.running and time.monotonic() < until:
+            self._warm.listen(0.1)
+        late = self.running
+        self.kill()
+        while self.running:
+            self._warm.listen(0.1)
+        assert not late, f"still running after {seconds} s\n{self.said}"
+        return [self._warm.codes[pid] for pid in self.pids]
+
+    @property
+    def said(self) -> str:
+        """What the ranks have written so far."""
+        return self._log.read_text()
+
+
+class Warm:
+    """Starts runs by forking a process that has everything imported.
+
+    Args:
+        environment: Of that process.
+        folder: For logs.
+    """
+
+    def __init__(self, environment: Mapping[str, str], folder: Path) -> None:
+        self._folder, self._jobs = folder, 0
+        self._unread = b""
+        self.codes: dict[int, int] = {}
+        command = [sys.executable, "-W", "error", str(Path(__file__).with_name("warm_parent.py"))]
+        self._parent = subprocess.Popen(command, env=dict(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def start(self, words: Sequence[str], ranks: int = 1, environment: Mapping[str, str] | None = None) -> Job:
+        """Run ``bony pretrain WORDS`` as so many ranks."""
+        self._jobs += 1
+        log = self._folder / f"job{self._jobs}.log"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        job = {"words": list(words), "ranks": ranks, "port": port, "log": str(log), "env": dict(environment or {})}
+        self._parent.stdin.write((json.dumps(job) + "\n").encode())
+        self._parent.stdin.flush()
+        answer = None
+        while answer is None:
+            answer = self.listen(60)
+        return Job(self, answer, log)
+
+    def listen(self, seconds: float) -> list[int] | None:
+        """Take in one thing that the parent says: the ranks of the job that was asked for, or None."""
+        if b"\n" not in self._unread:
+            if not select.select([self._parent.stdout], [], [], seconds)[0]:
+                assert self._parent.poll() is None, "the warm parent has died"
+                return None
+            self._unread += os.read(self._parent.stdout.fileno(), 65536)
+        line, end, rest = self._unread.partition(b"\n")
+        if not end:
+            return None
+        self._unread = rest
+        said = json.loads(line)
+        if "pid" in said:
+            self.codes[said["pid"]] = said["code"]
+        return said.get("pids")
+
+    def close(self) -> None:
+        """End the parent, and with it what it started."""
+        self._parent.kill()
+        self._parent.communicate()
+
+
+@pytest.fixture(scope="session")
+def warm(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Starts runs without the seconds that importing takes."""
+    parent = Warm(environment, tmp_path_factory.mktemp("warm"))
+    yield parent
+    parent.close()

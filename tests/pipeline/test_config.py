@@ -96,7 +96,7 @@ def test_wrong_file_is_one_line_naming_the_key(
         (["--method.teacher_temp", "0"], "method.teacher_temp is 0"),
         (["--method.ema_start", "1.1"], "method.ema_start is 1.1"),
         (["--views.global_crops", "0"], "views.global_crops is 0"),
-        (["--views.local_crops", "0"], "views.global_crops + views.local_crops is 1"),
+        (["--views.input", "haar", "--views.local_size", "95"], "views.local_size is 95"),
         (["--views.local_size", "4"], "views.local_size is 4"),
         (["--views.global_scale", "[0.5,0.4]"], "views.global_scale is (0.5, 0.4)"),
         (["--views.std", "[0.1,0,0.1]"], "views.std is"),
@@ -131,6 +131,7 @@ def test_an_override_before_the_file_is_refused(file: Path, capsys: pytest.Captu
         ({"model.name": "xcit_nano_12_p16_225"}, "xcit_nano_12_p16_224"),
         ({"model.name": "resnet50"}, "model.name is 'resnet50'"),
         ({"views.preset": "loud"}, "loud"),
+        ({"views.local_crops": 0}, "views.global_crops + views.local_crops is 1"),
     ],
 )
 def test_unknown_names_are_refused_before_a_run_is_made(
@@ -154,8 +155,9 @@ def test_a_bad_config_is_refused_without_waiting_for_torch() -> None:
 def test_what_decides_the_result_must_stay_and_what_does_not_may_change() -> None:
     every, fixed = flatten(asdict(PretrainConfig())), fixed_values(PretrainConfig())
     assert every.keys() - fixed.keys() == {
-        "data", "out", "train.batch_per_rank", "train.accumulate", "train.precision", "train.threads",
-        "train.log_every", "checkpoint.every", "checkpoint.keep",
+        "data", "out", "train.batch_per_rank", "train.accumulate", "train.precision", "train.compile",
+        "train.recompute", "train.threads", "train.damaged", "train.log_every", "train.timeout", "checkpoint.every",
+        "checkpoint.keep", "checkpoint.keep_every", "monitor.probe", "monitor.probe_every", "monitor.probe_tiles",
     }  # fmt: skip
     assert fixed["views.mean"] == [0.748, 0.504, 0.692]
 

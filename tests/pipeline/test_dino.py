@@ -18,6 +18,7 @@ from torch.nn import functional
 from pipeline.config import MethodConfig, ModelConfig, PretrainConfig, ViewsConfig
 from pipeline.methods import build_method, dino
 from pipeline.methods.dino import Dino, dino_loss, paired, wide
+from pipeline.methods.protocol import MicroBatch, Moment, Outcome
 from pipeline.models.heads import DinoHead
 from pipeline.runtime import Runtime
 from pipeline.schedules import cosine
@@ -49,13 +50,18 @@ class TinyBackbone(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dino, "build_encoder", lambda name, drop_path: TinyBackbone())
+    monkeypatch.setattr(dino, "build_encoder", lambda name, drop_path, recompute: TinyBackbone())
     torch.manual_seed(0)
 
 
 def made_dino(global_crops: int, local_crops: int) -> Dino:
     views = ViewsConfig(global_crops=global_crops, local_crops=local_crops, global_size=16, local_size=8)
-    return Dino(PretrainConfig(method=METHOD, views=views), CPU)
+    return Dino(PretrainConfig(method=METHOD, views=views), ALONE, None)
+
+
+def loss_of(method: Dino, views: list[torch.Tensor]) -> Outcome:
+    ids = np.arange(len(views[0]))
+    return method.loss(method.student, MicroBatch(views, ids, 0 * ids), Moment(0, STEPS, 1.0))
 
 
 def made_views(method: Dino, batch: int = BATCH) -> list[torch.Tensor]:
@@ -79,7 +85,7 @@ def learn(method: Dino, loss: torch.Tensor, step: int) -> None:
         for parameter in method.student.parameters():
             if parameter.grad is not None:
                 parameter -= 3.0 * parameter.grad
-    method.after_update(step, STEPS, ALONE)
+    method.after_update(Moment(step, STEPS, 1.0), torch.tensor(True))
 
 
 def test_loss_and_centre_are_lightlys_over_several_steps() -> None:
@@ -91,9 +97,10 @@ def test_loss_and_centre_are_lightlys_over_several_steps() -> None:
     for step in range(STEPS):
         views = made_views(method)
         with torch.no_grad():
-            teacher = [method.teacher([view]) for view in views[:2]]
-            student = [method.student([view]) for view in views]
-        loss, figures = method.loss(method.student, views)
+            teacher = [method.teacher([view])[1] for view in views[:2]]
+            student = [method.student([view])[1] for view in views]
+        outcome = loss_of(method, views)
+        loss, figures = outcome.loss, outcome.figures
         expected = theirs(teacher, student)
         assert loss.item() == pytest.approx(float(expected), rel=1e-9)
         assert float(figures["kl"] + figures["teacher_entropy"]) == pytest.approx(loss.item(), rel=1e-9)
@@ -133,11 +140,12 @@ def test_one_global_and_five_locals_is_the_closed_form_and_the_student_never_see
     for step in range(3):
         views = made_views(method)
         with torch.no_grad():
-            teacher = method.teacher(views[:1]).view(1, BATCH, -1).numpy()
-            student = method.student(views[1:]).view(5, BATCH, -1).numpy()
+            teacher = method.teacher(views[:1])[1].view(1, BATCH, -1).numpy()
+            student = method.student(views[1:])[1].view(5, BATCH, -1).numpy()
         method.student.backbone.seen.clear()
         method.teacher.backbone.seen.clear()
-        loss, figures = method.loss(method.student, views)
+        outcome = loss_of(method, views)
+        loss, figures = outcome.loss, outcome.figures
         assert encoded(method.student) == [view for view in range(1, 6) for _ in range(BATCH)]
         assert encoded(method.teacher) == [0] * BATCH
         assert loss.item() == pytest.approx(closed_form(teacher, student, [(0, s) for s in range(5)], centre), rel=1e-9)
@@ -156,10 +164,12 @@ def test_any_mix_of_views_pairs_every_teacher_view_with_every_other_view(global_
     method = made_dino(global_crops, local_crops)
     views = made_views(method, batch=1)
     with torch.no_grad():
-        outputs = {n: (method.teacher([view]).numpy(), method.student([view]).numpy()) for n, view in enumerate(views)}
+        outputs = {
+            n: (method.teacher([view])[1].numpy(), method.student([view])[1].numpy()) for n, view in enumerate(views)
+        }
     method.student.backbone.seen.clear()
     method.teacher.backbone.seen.clear()
-    loss, _ = method.loss(method.student, views)
+    loss = loss_of(method, views).loss
     pairs = [(t, s) for t in range(global_crops) for s in range(len(views)) if t != s]
     assert encoded(method.teacher) == list(range(global_crops))
     assert encoded(method.student) == sorted({s for _, s in pairs})
@@ -182,7 +192,7 @@ def test_teacher_follows_the_student_and_keeps_out_of_the_gradient() -> None:
     assert all(torch.equal(t, s) for t, s in zip(method.teacher.parameters(), method.student.parameters(), strict=True))
     for step in range(2):
         before = [p.clone() for p in method.teacher.parameters()]
-        loss, _ = method.loss(method.student, made_views(method))
+        loss = loss_of(method, made_views(method)).loss
         learn(method, loss, step)
         momentum = cosine(step, STEPS, METHOD.ema_start, METHOD.ema_end)
         for old, new, student in zip(before, method.teacher.parameters(), method.student.parameters(), strict=True):
@@ -196,20 +206,44 @@ def test_teacher_has_no_drop_path_and_the_student_has(monkeypatch: pytest.Monkey
     monkeypatch.setattr(dino, "build_encoder", build_encoder)
     model = ModelConfig("xcit_nano_12_p16_224", drop_path=0.5)
     views = ViewsConfig(global_size=32, local_size=16, local_crops=1)
-    method = Dino(PretrainConfig(model=model, method=METHOD, views=views), CPU)
+    method = Dino(PretrainConfig(model=model, method=METHOD, views=views), ALONE, None)
     image = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        taught, learnt = ([network([image]) for _ in range(2)] for network in (method.teacher, method.student))
+        taught, learnt = ([network([image])[1] for _ in range(2)] for network in (method.teacher, method.student))
     assert torch.equal(*taught)
     assert not torch.equal(*learnt)
+
+
+def test_teacher_temperature_rises_as_in_the_original_code() -> None:
+    """``np.linspace(start, end, warmup epochs)`` by epochs there; here by parts of epochs, with the same two ends."""
+    warm = replace(METHOD, teacher_temp_start=0.04, teacher_temp=0.07, teacher_temp_warmup_epochs=30)
+    method = Dino(PretrainConfig(method=warm), ALONE, None)
+    assert [method.teacher_temp(epoch) for epoch in (0, 15, 30, 90)] == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    assert made_dino(1, 1).teacher_temp(0.0) == METHOD.teacher_temp
+
+
+def test_an_update_that_is_not_applied_changes_no_state() -> None:
+    method = made_dino(2, 1)
+    views = made_views(method)
+    views[0] *= float("nan")
+    loss_of(method, views)
+    before = [p.clone() for p in (*method.teacher.parameters(), method.centre)]
+    for parameter in method.student.parameters():
+        parameter.data += 1
+    method.after_update(Moment(0, STEPS, 1.0), torch.tensor(False))
+    assert all(torch.equal(*pair) for pair in zip(before, (*method.teacher.parameters(), method.centre), strict=True))
+    loss_of(method, made_views(method))
+    method.after_update(Moment(1, STEPS, 1.0), torch.tensor(True))
+    assert torch.isfinite(method.centre).all()
+    assert not torch.equal(method.centre, before[-1])
 
 
 @pytest.mark.parametrize(("epoch", "frozen"), [(0.0, True), (0.99, True), (1.0, False), (3.2, False)])
 def test_prototypes_are_frozen_for_the_first_epoch(epoch: float, frozen: bool) -> None:
     method = made_dino(1, 1)
-    loss, _ = method.loss(method.student, made_views(method))
+    loss = loss_of(method, made_views(method)).loss
     loss.backward()
-    method.before_update(epoch)
+    method.before_update(Moment(0, STEPS, epoch))
     grads = {name: parameter.grad for name, parameter in method.student.named_parameters()}
     assert (grads["head.last_layer.weight_v"] is None) == frozen
     assert all(g is not None for name, g in grads.items() if "last_layer" not in name)
@@ -222,7 +256,7 @@ def test_softmax_is_never_computed_in_half_precision() -> None:
 
 def test_unknown_method_is_refused_with_those_there_are() -> None:
     with pytest.raises(UsageError, match=r"'swav'.*dino"):
-        build_method(PretrainConfig(method=replace(METHOD, name="swav")), CPU)
+        build_method(PretrainConfig(method=replace(METHOD, name="swav")), ALONE, None)
 
 
 # torch deprecates the function that the original code, lightly and all published checkpoints use.

@@ -34,6 +34,7 @@ def test_numbers_are_pinned() -> None:
     # A change here changes every run that is resumed with a newer Bony: raise the format version instead.
     assert draw(1, 2, 3, 4, n=2)[0].tolist() == [0.08185178826179507, 0.9936965062467391]
     assert permutation(1, 2, 6).tolist() == [0, 2, 4, 1, 3, 5]
+    assert permutation(1, 2, 6, 1, 0).tolist() == [3, 5, 2, 4, 0, 1]
     assert derive_seed(1, 2, 3) == 4497040447297661170
 
 
@@ -98,9 +99,10 @@ def test_permutation_is_one_and_is_repeatable(seed: int, epoch: int, n: int) -> 
     assert np.array_equal(order, permutation(seed, epoch, n))
 
 
-def test_permutation_changes_with_seed_and_epoch_and_moves_every_place() -> None:
+def test_permutation_changes_with_every_argument_and_moves_every_place() -> None:
     n = 1000
-    orders = [permutation(seed, epoch, n) for seed in (0, 1) for epoch in (0, 1)]
+    whiches = [(), (0,), (1,), (0, 0), (0, 1)]
+    orders = [permutation(seed, epoch, n, *which) for seed in (0, 1) for epoch in (0, 1) for which in whiches]
     agreements = [(a == b).sum() for i, a in enumerate(orders) for b in orders[:i]]
     assert max(agreements) < 10  # one agreement is expected
     first_places = np.array([permutation(0, epoch, 10)[0] for epoch in range(2000)])

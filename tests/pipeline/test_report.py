@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import boxes, checkpoint, monitor
+from pipeline.alarms import episodes
 from pipeline.commands import report as command
 from pipeline.config import PretrainConfig, flatten
 from pipeline.downstream.metrics import classification
@@ -207,10 +208,6 @@ def test_finished_run(tmp_path: Path) -> None:
         ([line(4, loss=None)], (4,), ["the loss is not finite in 1 logged line"]),
         ([line(4, loss=math.nan, kl=math.inf)], (4,), []),
         ([{"step": 4}], (4,), ["the loss is not finite"]),
-        ([line(4, teacher_entropy=8.3)], (4,), ["uniform"]),
-        ([line(4, teacher_entropy=0.01)], (4,), ["one prototype"]),
-        ([line(4, loss=8.31)], (4,), ["the loss 8.310 is at ln K = 8.318"]),
-        ([line(4, feature_std=1e-4)], (4,), ["hardly differ"]),
         ([line(4, samples_per_s=None)], (4,), []),
     ],
 )
@@ -219,6 +216,38 @@ def test_run_warnings(tmp_path: Path, lines: Any, saved: Any, warned: list[str])
     assert len(section.warnings) == len(warned)
     assert all(part in warning for part, warning in zip(warned, section.warnings, strict=True))
     assert text(section)
+
+
+def test_alarms_are_named_with_their_steps(tmp_path: Path) -> None:
+    """Those of pipeline.alarms, which are not judged in the warm-up; the one that is over says so."""
+    steps = range(2, 122, 2)
+    uniform = {step: {"teacher_entropy": 8.317} if 40 < step < 80 else {} for step in steps}
+    lines = [line(step, data_wait_share=0.5 if step > 20 else 0.0, **uniform[step]) for step in steps]
+    config = {"train.steps": 120, "optim.warmup_steps": 30}
+    section = runs.run_section(make_run(tmp_path / "run", lines, (120,), **config))
+    first, second = section.warnings
+    assert first.startswith("alarm starved, at steps 30 to 120: 50% of the time is spent waiting for tiles; raise")
+    assert re.match(r"alarm uniform_teacher, at steps 52 to 86, over now: the teacher's entropy .*; lower", second)
+    found = episodes(lines, 30)
+    assert [(one.alarm.name, one.first_step, one.last_step) for one in found] == [
+        ("starved", 30, 120), ("uniform_teacher", 52, 86),
+    ]  # fmt: skip
+    many = [line(step, skipped_tiles=step // 10 % 2, skipped_share=0.0) for step in steps]
+    section = runs.run_section(make_run(tmp_path / "often", many, (120,), **config))
+    assert section.warnings[0].startswith(
+        "alarm damaged_tiles, 3 times before and at steps 70 to 78, 90 to 98, 110 to 118"
+    )
+
+
+def test_a_run_with_a_probe(tmp_path: Path) -> None:
+    judged = [{"step": 0, "knn": 0.4, "knn_chance": 1 / 3, "probe_rankme": 9.0, "alarms": []}, line(2)]
+    judged += [line(4, knn=0.62, knn_chance=1 / 3, probe_rankme=20.0)]
+    section = runs.run_section(make_run(tmp_path / "run", judged, (4,)))
+    assert section.warnings == []  # the line of step 0 has no loss, and needs none
+    assert "kNN balanced accuracy | 0.620 at step 4, 0.400 at step 0, chance 0.333" in text(section)
+    said = text(runs.compare_runs({"a": tmp_path / "run", "b": make_run(tmp_path / "b", [line(2)])}))
+    assert "knn | 0.620 | -" in said
+    assert "nearest neighbours" in said
 
 
 def test_damage_in_a_run_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from pipeline.commands.parser import pretrain_config
 from pipeline.data.augment import draw
 from pipeline.data.loader import Batch, Loader
 from pipeline.methods import build_method
+from pipeline.methods.protocol import Moment, Outcome
+from pipeline.optimizer import clip_gradients
 from pipeline.runtime import Runtime, joined
 from pipeline.schedules import cosine
-from pipeline.trainer import Trainer, clip_gradients, global_batch
+from pipeline.trainer import Trainer, global_batch
 from tiling.errors import BonyError
 from tiling.store import TileStore
 
@@ -36,7 +39,16 @@ def made_batch(first: int, number: int) -> Batch:
 def made_trainer(options: list[str], runtime: Runtime = ALONE) -> Trainer:
     config = pretrain_config(options)
     torch.manual_seed(7)
-    return Trainer(config, runtime, build_method(config, runtime.device))
+    with TileStore(config.data) as store:
+        return Trainer(config, runtime, build_method(config, runtime, store))
+
+
+def at(step: int, steps: int = 4, epoch: float = 1.0) -> Moment:
+    return Moment(step, steps, epoch)
+
+
+def spoilt(outcome: Outcome) -> Outcome:
+    return replace(outcome, loss=outcome.loss * float("nan"))
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -88,15 +100,17 @@ def first_steps(trainer: Trainer, store: TileStore) -> dict[str, Any]:
                         for spec in method.views
                     ]  # fmt: skip
             if step == 0:
-                trainer.gradients(iter(mine), 0)
+                trainer.gradients(iter(mine), at(0))
                 found["gradients"] = gradients(trainer)
-                method.after_update(0, 1, runtime)  # one update of the centre; ema_end of 1 leaves the teacher alone
+                method.after_update(
+                    at(1, 1), torch.tensor(True)
+                )  # of the centre; ema_end of 1 leaves the teacher alone
                 found["centre"] = method.centre.clone()
                 found["buffers"] = dict(method.networks()["teacher"].named_buffers(prefix="teacher"))
                 found["buffers"] |= dict(method.networks()["student"].named_buffers(prefix="student"))
                 found["buffers"] = {name: value.clone() for name, value in found["buffers"].items()}
             else:
-                found["loss"] = float(trainer.step(iter(mine), step, epoch=1.0)[0]["loss"])
+                found["loss"] = float(trainer.step(iter(mine), at(step)).figures["loss"])
     finally:
         loader.close()
     found["after"] = dict(method.student.state_dict())
@@ -107,14 +121,15 @@ def nan_on_last_rank(trainer: Trainer) -> dict[str, Any]:
     """A step whose loss is not a number on the last rank alone: the error, and the state before and after."""
     runtime, honest, before = trainer.runtime, trainer.method.loss, state_hash(trainer)
 
-    def poisoned(student: nn.Module, views: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, figures = honest(student, views)
-        return (loss * float("nan") if runtime.rank == runtime.world - 1 else loss), figures
+    def poisoned(*given: Any) -> Outcome:
+        outcome = honest(*given)
+        return spoilt(outcome) if runtime.rank == runtime.world - 1 else outcome
 
     trainer.method.loss = poisoned
     batches = iter([made_batch(100 * runtime.rank, 2), made_batch(100 * runtime.rank + 2, 2)])
     try:
-        trainer.step(batches, 5, epoch=1.0)
+        trainer.step(batches, at(5))
+        trainer.require_finite()
     except BonyError as error:
         return {"error": str(error), "kept": state_hash(trainer) == before}
     return {"error": "", "kept": False}
@@ -182,8 +197,8 @@ def test_ranks_stay_the_same_and_report_one_loss(spread: list) -> None:
 
 def test_nan_on_one_rank_stops_all_and_changes_nothing(spread: list) -> None:
     for rank, found in enumerate(spread):
-        assert "not finite at step 5" in found["error"]
-        assert f"rank {rank}" in found["error"]
+        assert "loss is not finite at step 5 on rank 1" in found["error"]
+        assert f"rank {rank}'s tiles" in found["error"]
         assert found["kept"]
     assert "100, 101, 102, 103" in spread[1]["error"]
     assert "100, 101" not in spread[0]["error"]
@@ -199,19 +214,19 @@ def test_four_micro_batches_are_one_batch_and_one_update(words: Callable[..., li
     split = made_trainer(words(tmp_path, VIT | {"train.accumulate": 4, "train.batch_per_rank": 2}))
     at_once = made_trainer(words(tmp_path, VIT | {"train.accumulate": 1, "train.batch_per_rank": 8}))
     assert global_batch(split.config, 1) == global_batch(at_once.config, 1)
-    split.gradients(iter([made_batch(2 * n, 2) for n in range(4)]), 0)
-    at_once.gradients(iter([made_batch(0, 8)]), 0)
+    split.gradients(iter([made_batch(2 * n, 2) for n in range(4)]), at(0))
+    at_once.gradients(iter([made_batch(0, 8)]), at(0))
     assert relative(gradients(split), gradients(at_once)) < 1e-9
 
     trainer = made_trainer(words(tmp_path, VIT | {"train.accumulate": 4, "method.ema_start": 0.9}))
     method, outputs = trainer.method, []
-    method.teacher.register_forward_hook(lambda module, views, out: outputs.append(out.clone()))
+    method.teacher.register_forward_hook(lambda module, views, out: outputs.append(out[1].clone()))
     for step in range(2):
         teacher = [p.clone() for p in method.teacher.parameters()]
         student, centre = [p.clone() for p in method.student.parameters()], method.centre.clone()
         outputs.clear()
         rest = iter([made_batch(2 * n, 2) for n in range(5)])
-        trainer.step(rest, step, epoch=1.0)
+        trainer.step(rest, at(step, trainer.config.train.steps))
         assert len(list(rest)) == 1  # four were taken
         assert [len(out) for out in outputs] == [4] * 4
         assert torch.allclose(method.centre, 0.9 * centre + 0.1 * torch.cat(outputs).mean(0), rtol=0, atol=1e-12)
@@ -233,7 +248,7 @@ def test_drop_path_is_a_function_of_seed_and_step(words: Callable[..., list[str]
     found = []
     for step, noise in ((3, 0), (3, 5), (4, 0)):
         torch.rand(noise)
-        trainer.gradients(iter([made_batch(0, 3), made_batch(0, 3)]), step)
+        trainer.gradients(iter([made_batch(0, 3), made_batch(0, 3)]), at(step))
         found.append(gradients(trainer))
     assert relative(found[1], found[0]) < 1e-6  # BatchNorm's running statistics have moved, and do not matter
     assert relative(found[2], found[0]) > 1e-3
@@ -241,38 +256,44 @@ def test_drop_path_is_a_function_of_seed_and_step(words: Callable[..., list[str]
 
 @pytest.mark.usefixtures("one_thread")
 def test_nan_loss_names_step_and_tiles_and_changes_nothing(words: Callable[..., list[str]], tmp_path: Path) -> None:
-    trainer = made_trainer(words(tmp_path))
-    trainer.step(iter([made_batch(0, 2), made_batch(2, 2)]), 0, epoch=1.0)
+    trainer = made_trainer(words(tmp_path, {"train.log_every": 3}))
+    trainer.step(iter([made_batch(0, 2), made_batch(2, 2)]), at(0))
+    trainer.require_finite()
     before, honest, calls = state_hash(trainer), trainer.method.loss, []
 
-    def second_is_nan(student: nn.Module, views: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, figures = honest(student, views)
-        calls.append(loss)
-        return (loss * float("nan") if len(calls) == 2 else loss), figures
+    def second_is_nan(*given: Any) -> Outcome:
+        outcome = honest(*given)
+        calls.append(outcome)
+        return spoilt(outcome) if len(calls) == 2 else outcome
 
     trainer.method.loss = second_is_nan
-    with pytest.raises(BonyError, match=r"not finite at step 1 .*\[40, 41, 42, 43\]") as caught:
-        trainer.step(iter([made_batch(40, 2), made_batch(42, 2)]), 1, epoch=1.0)
+    trainer.step(iter([made_batch(40, 2), made_batch(42, 2)]), at(1))
+    trainer.step(iter([made_batch(0, 2), made_batch(2, 2)]), at(2))  # the host does not know yet: nothing changes
+    with pytest.raises(BonyError, match=r"loss is not finite at step 1 on rank 0 .*: 42, 43\)") as caught:
+        trainer.require_finite()
     assert "\n" not in str(caught.value)
     assert state_hash(trainer) == before
-    trainer.method.loss = honest
-    trainer.step(iter([made_batch(0, 2), made_batch(2, 2)]), 1, epoch=1.0)
-    assert state_hash(trainer) != before  # the hash does see an update
+    fresh = made_trainer(words(tmp_path))
+    untouched = state_hash(fresh)
+    fresh.step(iter([made_batch(0, 2), made_batch(2, 2)]), at(1))
+    assert state_hash(fresh) != untouched  # the hash does see an update
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_gradient_that_is_not_finite_changes_nothing(words: Callable[..., list[str]], tmp_path: Path) -> None:
     """A finite loss may have a gradient that is not: sqrt at 0."""
     trainer = made_trainer(words(tmp_path))
+    trainer.step(iter([made_batch(0, 2), made_batch(2, 2)]), at(0))
     before, honest = state_hash(trainer), trainer.method.loss
 
-    def steep(student: nn.Module, views: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, figures = honest(student, views)
-        return loss + (loss - loss.detach()).abs().sqrt(), figures
+    def steep(*given: Any) -> Outcome:
+        outcome = honest(*given)
+        return replace(outcome, loss=outcome.loss + (outcome.loss - outcome.loss.detach()).abs().sqrt())
 
     trainer.method.loss = steep
-    with pytest.raises(BonyError, match=r"gradient is not finite at step 0 .*\[0, 1, 2, 3\]"):
-        trainer.step(iter([made_batch(0, 2), made_batch(2, 2)]), 0, epoch=1.0)
+    trainer.step(iter([made_batch(0, 2), made_batch(2, 2)]), at(1))
+    with pytest.raises(BonyError, match=r"gradient is not finite at step 1, though the loss is .*: 0, 1, 2, 3\)"):
+        trainer.require_finite()
     assert state_hash(trainer) == before
 
 
@@ -281,7 +302,7 @@ def test_bf16_step_keeps_parameters_in_float32(words: Callable[..., list[str]], 
     trainer = made_trainer(words(tmp_path, {"train.precision": "bf16"}))
     seen = []
     trainer.method.student.head.register_forward_hook(lambda module, x, out: seen.append(out.dtype))
-    figures, _ = trainer.step(iter([made_batch(0, 2), made_batch(2, 2)]), 0, epoch=1.0)
+    figures = trainer.step(iter([made_batch(0, 2), made_batch(2, 2)]), at(0)).figures
     assert set(seen) == {torch.bfloat16}
     assert torch.isfinite(figures["loss"])
     assert {p.dtype for p in trainer.method.student.parameters()} == {torch.float32}

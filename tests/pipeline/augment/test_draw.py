@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.config import MethodConfig, ModelConfig, PretrainConfig, ViewsConfig
 from pipeline.data.augment import ViewParameters, ViewSpec, colour_spec, draw, view_specs
+from pipeline.methods.dino import Dino
 from tiling.errors import UsageError
 
 SpecOf = Callable[..., ViewSpec]
@@ -35,6 +38,7 @@ def test_original_preset_is_that_of_dino() -> None:
     assert (colour.brightness, colour.contrast, colour.saturation, colour.hue) == (0.4, 0.4, 0.2, 0.1)
     assert (colour.jitter, colour.greyscale, colour.blur_sigma) == (0.8, 0.2, (0.1, 2.0))
     assert (colour.rot90, colour.vertical_flip) == (False, False)
+    assert (colour.stain, colour.stain_shift) == (0, 0)
 
 
 def test_histology_preset_is_milder_and_has_no_upright() -> None:
@@ -44,6 +48,18 @@ def test_histology_preset_is_milder_and_has_no_upright() -> None:
     for name in ("brightness", "contrast", "saturation", "hue", "greyscale", "blur_sigma"):
         assert getattr(ours, name) < getattr(theirs, name)
     assert {view.solarise for view in view_specs(2, 2, 32, 16, (0.4, 1), (0.1, 0.4), "histology")} == {0.0}
+    assert (ours.stain, ours.stain_shift) == (0.2, 0.05)
+
+
+def test_numbers_sizes_and_scales_of_views_come_from_the_config() -> None:
+    views = ViewsConfig(3, 4, 64, 32, (0.5, 0.9), (0.1, 0.3), "original")
+    method = MethodConfig(out_dim=8, hidden_dim=8, bottleneck_dim=4)
+    config = PretrainConfig(model=ModelConfig("xcit_nano_12_p16_224"), method=method, views=views)
+    specs = Dino(config, torch.device("cpu")).views
+    assert specs == view_specs(3, 4, 64, 32, (0.5, 0.9), (0.1, 0.3), "original")
+    assert [(spec.size, spec.scale, spec.is_global) for spec in specs] == (
+        3 * [(64, (0.5, 0.9), True)] + 4 * [(32, (0.1, 0.3), False)]
+    )
 
 
 def test_streams_are_unique_and_do_not_depend_on_the_number_of_views() -> None:
@@ -77,7 +93,13 @@ def test_impossible_views_are_refused(changes: dict[str, Any], message: str, spe
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"hue": 0.6}, "hue is 0.6"), ({"jitter": 2.0}, "jitter is 2.0"), ({"blur_sigma": (0.1, 3.0)}, "0 to 2 px")],
+    [
+        ({"hue": 0.6}, "hue is 0.6"),
+        ({"jitter": 2.0}, "jitter is 2.0"),
+        ({"blur_sigma": (0.1, 3.0)}, "0 to 2 px"),
+        ({"stain": 1.2}, "stain is 1.2"),
+        ({"stain_shift": -0.1}, "stain_shift is -0.1"),
+    ],
 )
 def test_impossible_colours_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -145,10 +167,12 @@ def test_decisions_do_not_depend_on_each_other(spec_of: SpecOf, drawn_from: Draw
     spec, colour = spec_of(scale=(0.1, 0.5), blur=0.5, solarise=0.5), colour_spec("histology")
     params = drawn_from(spec, replace(colour, jitter=0.5, greyscale=0.5), n, tile_px=10_000)
     y0, x0, height, width = params.box.T
-    others = {name: array for name, array in vars(params).items() if name not in ("box", "blur_sigma")}
+    stains = (*params.stain_scale.T, *params.stain_shift.T)
+    apart = ("box", "blur_sigma", "stain_scale", "stain_shift")
+    others = {name: array for name, array in vars(params).items() if name not in apart}
     blurred = params.blur_sigma > 0
     places = (y0 / (10_000 - height), x0 / (10_000 - width), height * width, width / height)
-    columns = np.stack([*places, *others.values(), blurred, np.where(blurred, params.blur_sigma - 0.55, 0)])
+    columns = np.stack([*places, *others.values(), *stains, blurred, np.where(blurred, params.blur_sigma - 0.55, 0)])
     correlations = np.corrcoef(columns)[np.triu_indices(len(columns), k=1)]
     assert np.abs(correlations).max() < 4.5 / math.sqrt(n)
 
@@ -186,6 +210,52 @@ def test_original_probabilities_and_strengths_are_met(index: int, drawn_from: Dr
         assert low <= values.min() < low + 0.01 * (high - low)
         assert high - 0.01 * (high - low) < values.max() <= high
         assert abs(values.mean() - (low + high) / 2) < 0.03 * (high - low)
+
+
+def test_stains_are_changed_as_strongly_as_told_and_in_original_not_at_all(
+    spec_of: SpecOf, drawn_from: DrawnFrom
+) -> None:
+    params = drawn_from(spec_of(), colour_spec("histology"), 20_000)
+    assert params.stain_scale.shape == params.stain_shift.shape == (20_000, 3)
+    for values, low, high in ((params.stain_scale, 0.8, 1.2), (params.stain_shift, -0.05, 0.05)):
+        deciles = np.quantile(values, np.linspace(0, 1, 11), axis=0)
+        assert np.allclose((deciles - low) / (high - low), np.linspace(0, 1, 11)[:, None], atol=0.015)
+        assert values.min() >= low
+        assert values.max() <= high
+    params = drawn_from(spec_of(), colour_spec("original"), 100)
+    assert (params.stain_scale == 1).all()
+    assert (params.stain_shift == 0).all()
+
+
+def test_draws_are_pinned() -> None:
+    # A change here changes every run that is resumed with a newer Bony. Before stains these were the same.
+    spec = view_specs(1, 0, 224, 96, (0.4, 1.0), (0.05, 0.4), "histology")[0]
+    params = draw(spec, colour_spec("histology"), 621, np.array([0, 3]), np.array([100, 2**40]), 224)
+    expected: dict[str, list[Any]] = {
+        "box": [[51, 58, 146, 140], [29, 16, 190, 203]],
+        "flip_h": [True, True],
+        "flip_v": [True, False],
+        "quarter_turns": [0, 0],
+        "jitter": [False, True],
+        "brightness": [0.8900329297489967, 0.8321411808607706],
+        "contrast": [1.1700537804053235, 0.9467609553167792],
+        "saturation": [0.9827416698364259, 0.9146955220080276],
+        "hue": [-0.005345085780396399, 0.0163719402179142],
+        "greyscale": [False, False],
+        "blur_sigma": [0.5208298113021147, 0.44498178920391995],
+        "solarise": [False, False],
+        "stain_scale": [
+            [1.1972011017231212, 0.8888828002996692, 0.8199456486895194],
+            [0.8354587271070724, 0.8617765003975915, 0.9855971098680312],
+        ],
+        "stain_shift": [
+            [0.004191063152642127, -0.0078794761161323, 0.030077757333515476],
+            [-0.03222527956352666, -0.009768639302233506, 0.02426018585867884],
+        ],
+    }
+    assert list(expected) == [field.name for field in fields(ViewParameters)]
+    for name, values in expected.items():
+        np.testing.assert_allclose(getattr(params, name), values, rtol=1e-12, err_msg=name)
 
 
 def test_histology_draws_all_eight_orientations_alike(spec_of: SpecOf, drawn_from: DrawnFrom) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as reference
 
-from pipeline.data import augment
+from pipeline.data import augment, colour
 from pipeline.data.augment import ViewParameters, ViewSpec, colour_spec, draw, make_views, render, view_specs
 
 SpecOf = Callable[..., ViewSpec]
@@ -39,7 +39,9 @@ def plain(n: int, px: int = PX, **changes: Any) -> ViewParameters:
     off, zero, one = np.zeros(n, bool), np.zeros(n), np.ones(n)
     box = np.tile([0.0, 0.0, px, px], (n, 1))
     turns = np.zeros(n, np.int64)
-    same = ViewParameters(box, off, off, turns, off, one, one, one, zero, off, zero, off)
+    same = ViewParameters(
+        box, off, off, turns, off, one, one, one, zero, off, zero, off, np.ones((n, 3)), np.zeros((n, 3))
+    )  # fmt: skip
     return replace(same, **changes)
 
 
@@ -110,6 +112,69 @@ def test_flips_and_turns_of_a_whole_tile_are_exact(pixels: Pixels) -> None:
         assert torch.equal(found[i], expected)
 
 
+# --- stains ----------------------------------------------------------------------------------------------------------
+
+# Ruifrok and Johnston 2001: what one unit of haematoxylin, eosin and DAB takes from R, G and B.
+STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+LEVEL = 1 / 255
+
+
+def slow_stain(image: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """One (3, h, w) image: to densities, to amounts of stain, and back."""
+    density = -np.log((image.reshape(3, -1) + LEVEL) / (1 + LEVEL))
+    amounts = np.linalg.solve(STAINS.T, density) * scale[:, None] + shift[:, None]
+    changed = (1 + LEVEL) * np.exp(-(STAINS.T @ amounts)) - LEVEL
+    return np.clip(changed, 0, 1).reshape(image.shape)
+
+
+def changed_stains(scale: np.ndarray, shift: np.ndarray, **changes: Any) -> ViewParameters:
+    return plain(len(scale), stain_scale=scale, stain_shift=shift, **changes)
+
+
+def test_stains_agree_with_a_reference_that_goes_by_way_of_the_stains(pixels: Pixels) -> None:
+    tiles, rng = made_tiles(5), np.random.default_rng(0)
+    scale, shift = rng.uniform(0.5, 1.5, (5, 3)), rng.uniform(-0.3, 0.3, (5, 3))
+    scale[1], shift[2] = 1, 0
+    scale[3], shift[3] = 1, 0
+    found = pixels(tiles, changed_stains(scale, shift))
+    for view, tile, factors, offsets in zip(found, planes(tiles).double().numpy(), scale, shift, strict=True):
+        assert np.abs(view.numpy() - slow_stain(tile, factors, offsets)).max() < 2e-5
+    assert torch.allclose(found[3], planes(tiles)[3], atol=2e-5)
+
+
+@pytest.mark.parametrize("stain", range(3))
+def test_scaling_one_stain_scales_what_it_takes_of_the_light_and_leaves_glass_white(stain: int, pixels: Pixels) -> None:
+    amounts = np.array([0.0, 0.2, 0.8, 1.5])  # natural optical density
+    colours = (1 + LEVEL) * np.exp(-amounts[:, None] * STAINS[stain]) - LEVEL
+    image = torch.from_numpy(colours.T[None, :, None].copy())  # (1, 3, 1, 4)
+    scale = np.ones((1, 3))
+    scale[0, stain] = 1.3
+    mix, gain = (torch.from_numpy(numbers)[..., None, None] for numbers in colour.stain_mix(scale, np.zeros((1, 3))))
+    colour.stain(image, mix, gain)
+    expected = np.clip((1 + LEVEL) * np.exp(-1.3 * amounts[:, None] * STAINS[stain]) - LEVEL, 0, 1)
+    np.testing.assert_allclose(image[0, :, 0].T, expected, atol=1e-12)
+    np.testing.assert_allclose(image[0, :, 0, 0], 1, atol=1e-12)
+
+
+def test_black_pixels_stay_finite_and_their_noise_small(pixels: Pixels) -> None:
+    tiles = torch.randint(0, 3, (20, PX, PX, 3), dtype=torch.uint8)
+    rng = np.random.default_rng(0)
+    strongest = colour_spec("histology")
+    scale = 1 + strongest.stain * rng.choice([-1, 1], (20, 3))
+    shift = strongest.stain_shift * rng.choice([-1, 1], (20, 3))
+    found = pixels(tiles, changed_stains(scale, shift))
+    assert torch.isfinite(found).all()
+    assert found.max() < 15 / 255
+
+
+def test_jitter_comes_after_stains(pixels: Pixels) -> None:
+    tiles, scale, shift = made_tiles(1), np.full((1, 3), 0.7), np.zeros((1, 3))
+    on = np.array([True])
+    found = pixels(tiles, changed_stains(scale, shift, jitter=on, brightness=np.array([1.4])))
+    stained = torch.from_numpy(slow_stain(planes(tiles)[0].double().numpy(), scale[0], shift[0])).float()
+    assert torch.allclose(found[0], reference.adjust_brightness(stained, 1.4), atol=2e-5)
+
+
 # --- colours ---------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +204,7 @@ def test_hue_of_primaries_greys_and_near_greys_is_that_of_colorsys() -> None:
         hsv = [colorsys.rgb_to_hsv(*colour) for colour in colours.tolist()]
         expected = torch.tensor([colorsys.hsv_to_rgb((h + shift) % 1, s, v) for h, s, v in hsv], dtype=torch.float64)
         image = colours.T.reshape(1, 3, 12, 18).clone()
-        augment._shift_hue(image, torch.full((1, 1, 1, 1), shift).double())
+        colour.shift_hue(image, torch.full((1, 1, 1, 1), shift).double())
         assert torch.allclose(image.reshape(3, -1).T, expected, atol=1e-7)
 
 
@@ -183,6 +248,7 @@ def slow_view(tile: torch.Tensor, params: ViewParameters, size: int) -> torch.Te
     view = reference.resized_crop(tile, y0, x0, height, width, [size, size], antialias=False)
     view = torch.flip(view, [2] * bool(params.flip_h[0]) + [1] * bool(params.flip_v[0]))
     view = torch.rot90(view, int(params.quarter_turns[0]), dims=(1, 2))
+    view = torch.from_numpy(slow_stain(view.double().numpy(), params.stain_scale[0], params.stain_shift[0])).float()
     if params.jitter[0]:
         view = reference.adjust_brightness(view, float(params.brightness[0]))
         view = reference.adjust_contrast(view, float(params.contrast[0]))
@@ -275,15 +341,16 @@ def test_parameters_of_other_samples_are_refused(n: int, pixels: Pixels) -> None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_makes_the_same_pixels_without_being_waited_for() -> None:
+@pytest.mark.parametrize(("preset", "fed"), [("original", "rgb"), ("histology", "rgb"), ("histology", "haar")])
+def test_a_gpu_makes_the_same_pixels_without_being_waited_for(preset: str, fed: str) -> None:
     tiles, ids, epochs = made_tiles(32, 64), np.arange(32), np.zeros(32, int)
-    specs, colour = view_specs(2, 4, 64, 32, (0.4, 1.0), (0.05, 0.4), "original"), colour_spec("original")
-    expected = make_views(tiles, ids, epochs, specs, colour, 1, NONE, ONE)
+    specs, colour = view_specs(2, 4, 64, 32, (0.4, 1.0), (0.05, 0.4), preset), colour_spec(preset)
+    expected = make_views(tiles, ids, epochs, specs, colour, 1, NONE, ONE, input=fed)
     on_device = tiles.cuda()
-    make_views(on_device, ids, epochs, specs, colour, 1, NONE, ONE)  # first use allocates
+    make_views(on_device, ids, epochs, specs, colour, 1, NONE, ONE, input=fed)  # first use allocates
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = make_views(on_device, ids, epochs, specs, colour, 1, NONE, ONE)
+        found = make_views(on_device, ids, epochs, specs, colour, 1, NONE, ONE, input=fed)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.allclose(a, b.cpu(), atol=1 / 255) for a, b in zip(expected, found, strict=True))
