@@ -1,6 +1,6 @@
 """A safetensors file laid out in host memory: filled by copies of tensors, written in one go.
 
-The library's ``save`` holds Python's lock while it copies everything: a training loop beside it stands still (0.26 s for
+The library's ``save`` holds Python's lock while it copies all: a training loop beside it stands still (0.26 s for
 336 MB); its ``save_file`` leaves files that nobody but their owner may read. Here the file's bytes are the buffer that
 tensors are copied into: writing needs no further copy and no lock, and the size is known before. The bytes are those of
 the library.
