@@ -181,6 +181,7 @@ class _Writer:
         self._monitor = Monitor(trainer.config, trainer.runtime, trainer.method, store, position.step, probe)
         self._monitor.judge_untrained()
         self._saver = Saver(self._out, self._settings.keep, self._settings.keep_every)
+        self._prepared = False
 
     def __enter__(self) -> Self:
         return self
@@ -194,9 +195,12 @@ class _Writer:
         """Take in a step, save where it is time; returns a note for the progress bar."""
         self._monitor.add(done, self._trainer.global_batch)
         line = self._monitor.log(position.step, last, epoch, self._loader.waited_s, self._loader.skipped)
+        contents = self._trainer.method.networks(), self._trainer.state(), self._trainer.optimizer
+        if not self._prepared:  # the optimizer has its moments now
+            self._saver.prepare(*contents)
+            self._prepared = True
         if last or position.step % self._settings.every == 0:
-            networks, state = self._trainer.method.networks(), self._trainer.state()
-            self._saver.save(position, networks, state, self._trainer.optimizer, self._about)
+            self._saver.save(position, *contents, self._about)
         else:
             self._saver.poll()
         return f"loss {line['loss']:.3f}" if line else ""
