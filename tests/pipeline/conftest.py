@@ -17,6 +17,7 @@ import torch
 from tiling import datasets, phantom
 from tiling.run import tile
 from tiling.settings import TileSettings
+from tiling.store import TileStore
 
 Words = Callable[..., list[str]]
 Ranks = Callable[..., None]
@@ -54,6 +55,13 @@ def _make_store(root: Path, seeds: tuple[int, ...]) -> Path:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two phantom slides, 33 tiles of 224 px: read only."""
     return _make_store(tmp_path_factory.mktemp("store"), (0, 1))
+
+
+@pytest.fixture(scope="module")
+def tiles(store: Path) -> Iterator[TileStore]:
+    """The two slides' store, opened."""
+    with TileStore(store, threads=2) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")
