@@ -1,4 +1,4 @@
-"""Damaged tiles: told with their names, or left out and counted; never served. A file system that fails is no damage."""
+"""Damaged tiles are told with their names, or left out and counted; never served. A failing file system is no damage."""
 
 import json
 import shutil
