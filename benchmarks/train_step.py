@@ -46,9 +46,10 @@ from pipeline.methods.protocol import Moment
 from pipeline.runtime import Runtime, autocast, half_precision
 from pipeline.trainer import Trainer
 
+# Not XCiT nano: the original changes in place there what PyTorch needs for its gradient.
 ORIGINAL_NAMES = {
     "xcit_medium_24_p16_224": "xcit_medium_24_p16", "xcit_small_12_p16_224": "xcit_small_12_p16",
-    "xcit_nano_12_p16_224": "xcit_nano_12_p16",
+    "xcit_tiny_12_p16_224": "xcit_tiny_12_p16",
     "vit_small_patch16_224": "vit_small", "vit_tiny_patch16_224": "vit_tiny",
 }  # fmt: skip
 WARM_UP = 3
@@ -128,6 +129,15 @@ class OriginalLoss(nn.Module):
         return sum(terms) / len(terms)
 
 
+def for_the_cpu(module: nn.Module) -> None:
+    """Plain BatchNorm for the original's synchronised one, which PyTorch has for GPUs only."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.SyncBatchNorm):
+            setattr(module, name, nn.BatchNorm2d(child.num_features))
+        else:
+            for_the_cpu(child)
+
+
 class Original:
     """The original's networks, and its step on views that are on the device.
 
@@ -165,8 +175,11 @@ class Original:
             head = vision_transformer.DINOHead(backbone.embed_dim, case.out_dim)
             made.append(self.utils.MultiCropWrapper(backbone, head).to(case.device))
         norms = self.utils.has_batchnorms(made[0])
-        if norms and case.device.type == "cuda":  # PyTorch's synchronised BatchNorm refuses a CPU
+        if norms and case.device.type == "cuda":
             made = [nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in made]
+        elif norms:
+            for network in made:
+                for_the_cpu(network)
         student, bare = made
         student = DistributedDataParallel(student)
         teacher = DistributedDataParallel(bare) if norms else bare
@@ -240,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--original", type=Path, help="folder with the original's dino/ and xcit/; else only Bony's")
     parser.add_argument(
-        "--model", choices=ORIGINAL_NAMES, default="xcit_medium_24_p16_224" if on_gpu else "xcit_nano_12_p16_224"
+        "--model", choices=ORIGINAL_NAMES, default="xcit_medium_24_p16_224" if on_gpu else "xcit_tiny_12_p16_224"
     )
     parser.add_argument("--crops", default="1+5", help="global+local")
     parser.add_argument("--batch", type=int, default=100 if on_gpu else 4)

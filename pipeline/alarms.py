@@ -159,7 +159,7 @@ def _waiting(recent: _Recent) -> Alarm | None:
         return None
     return Alarm(
         "starved", share, _STARVED,
-        f"{share:.0%} of the time is spent waiting for tiles",
+        f"{100 * share:.0f} % of the time is spent waiting for tiles",
         "raise train.threads, set train.shuffle to shards, or put the store on a faster file system",
     )  # fmt: skip
 
@@ -181,7 +181,7 @@ def _much_damage(recent: _Recent) -> Alarm | None:
         return None
     return Alarm(
         "many_damaged_tiles", share, _MANY_DAMAGED,
-        f"{share:.1%} of the tiles are damaged and left out: others are seen too often",
+        f"{100 * share:.1f} % of the tiles are damaged and left out: others are seen too often",
         "stop, and repair the store first",
     )  # fmt: skip
 

@@ -90,7 +90,7 @@ class Monitor:
         self._since = time.monotonic()
 
     def _measure_usage(self, store: TileStore) -> dict[str, float]:
-        """GFLOP per tile and TFLOP/s that all ranks could reach together; empty where they cannot be known."""
+        """GFLOP per tile, and TFLOP/s that all ranks could reach together; empty where the first cannot be known."""
         runtime = self._runtime
         try:
             flops = flops_per_sample(self._config, store)
@@ -100,7 +100,11 @@ class Monitor:
         best = peak(runtime.device, self._config.train.precision)
         how = "measured" if best.measured else "from its data sheet"
         say(f"{flops / 1e9:.4g} GFLOP a tile; mfu is of {best.flops / 1e12:.4g} TFLOP/s a rank ({best.of}, {how})")
-        return {"gflop_per_tile": flops / 1e9, "peak_tflops": best.flops * runtime.world / 1e12}
+        return {
+            "gflop_per_tile": flops / 1e9,
+            "peak_tflops": best.flops * runtime.world / 1e12,
+            "peak_is_measured": float(best.measured),
+        }
 
     def judge_untrained(self) -> None:
         """Before the first step of a new run: the line of step 0, where there is a probe."""

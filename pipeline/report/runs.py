@@ -21,10 +21,10 @@ METRICS, CHECKPOINTS, TEACHER = "metrics.jsonl", "checkpoints", "teacher.safeten
 
 _PANELS = (
     ("loss", "loss"), ("teacher_entropy", "teacher entropy"), ("kl", "KL(teacher, student)"),
-    ("knn", "kNN balanced accuracy"), ("rankme", "RankMe of features"), ("probe_rankme", "RankMe, probe's tiles"),
+    ("knn", "kNN accuracy"), ("rankme", "RankMe of features"), ("probe_rankme", "RankMe, probe's tiles"),
     ("feature_std", "spread of head output"), ("centre_norm", "centre norm"), ("grad_norm", "gradient norm"),
-    ("samples_per_s", "tiles/s"), ("mfu", "model FLOPs utilisation"), ("data_wait_share", "share of time, no tiles"),
-    ("lr", "learning rate"), ("memory_gib", "peak memory, GiB"), ("loss_scale", "loss scale (fp16)"),
+    ("samples_per_s", "tiles/s"), ("data_wait_share", "waiting for tiles (share)"), ("lr", "learning rate"),
+    ("loss_scale", "loss scale (fp16)"),
 )  # fmt: skip
 _SPANS_NAMED = 3
 
@@ -184,9 +184,24 @@ def _facts(run: _Run) -> dict[str, str | Link]:
         "batch": f"{count(about['global_batch'])} tiles a step on {counted(about['ranks'], 'rank')}",
         "loss": f"{loss:.3f} (last tenth)" if loss is not None else DASH,
         "time in steps": f"{duration(run.seconds)}, {decimal(rate, 1)} tiles/s",
+        **_machine(run),
         **_judgement(run),
+        **({"begins with": about["begins_with"]["what"]} if about["begins_with"] else {}),
         "made by": software(about["software"]),
     }
+
+
+def _machine(run: _Run) -> dict[str, str]:
+    """How much of the machine was used, where that was logged."""
+    found = {}
+    mfu, flops, limit, memory = (run.last(key) for key in ("mfu", "gflop_per_tile", "peak_tflops", "memory_gib"))
+    if mfu is not None and flops is not None and limit is not None:
+        how = "measured" if run.last("peak_is_measured") else "data sheet"
+        said = f"{100 * mfu:.1f} % of {limit:.3g} TFLOP/s ({how}), at {flops:.4g} GFLOP a tile"
+        found["model FLOPs utilisation"] = said
+    if memory is not None:
+        found["memory"] = f"{memory:.1f} GiB at most, on the first rank"
+    return found
 
 
 def _judgement(run: _Run) -> dict[str, str]:
@@ -208,6 +223,8 @@ def _curves(run: _Run) -> Picture:
     if chance is not None:
         levels["knn"] = (chance, "chance")
     caption = "Figures of the run. A loss that stays at ln K, or a teacher entropy of 0 or ln K, means collapse."
+    if chance is not None:
+        caption += " kNN accuracy: balanced over classes, of nearest neighbours on other slides."
     return Picture(figures.training_curves(run.metrics, panels, hlines=levels), caption, "Curves of the run's figures")
 
 
@@ -260,7 +277,7 @@ def compare_runs(paths: Mapping[str, Path]) -> Section:
 
 def _compared(run: _Run) -> dict[str, str]:
     """What two runs may differ in; where they lie is no difference."""
-    config = {key: _value(value) for key, value in run.config.items() if key not in ("data", "out")}
+    config = {key: _value(value) for key, value in run.config.items() if key not in ("data", "out", "monitor.probe")}
     figures_now = {key: decimal(run.last(key)) for key in ("loss", "teacher_entropy", "kl", "rankme", "knn", "mfu")}
     about = run.about
     return {

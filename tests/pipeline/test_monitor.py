@@ -223,6 +223,7 @@ def test_ranks_share_the_arithmetic_and_the_tiles(
         watched.close()
     one, two = lines
     assert two["samples_per_s"] == one["samples_per_s"] == 16
+    assert (one["peak_is_measured"], one["peak_tflops"], two["peak_tflops"]) == (0, 2, 4)
     assert one["mfu"] == pytest.approx(16 * one["gflop_per_tile"] / 2000)
     assert two["mfu"] == pytest.approx(one["mfu"] / 2)
     assert two["skipped_share"] == pytest.approx(one["skipped_share"] * 2)  # of half as many tiles
@@ -298,7 +299,7 @@ def test_a_real_run_logs_everything(tmp_path: Path, words: Callable[..., list[st
     numbers = {
         "loss", "teacher_entropy", "kl", "centre_norm", "feature_std", "grad_norm", "rankme", "lr", "weight_decay",
         "epoch", "ln_k", "samples_per_s", "data_wait_share", "memory_gib", "mfu", "gflop_per_tile", "peak_tflops",
-        "skipped_tiles", "skipped_share",
+        "peak_is_measured", "skipped_tiles", "skipped_share",
     }  # fmt: skip
     for line in lines:
         assert line.keys() == numbers | {"step", "alarms"}

@@ -226,7 +226,7 @@ def test_alarms_are_named_with_their_steps(tmp_path: Path) -> None:
     config = {"train.steps": 120, "optim.warmup_steps": 30}
     section = runs.run_section(make_run(tmp_path / "run", lines, (120,), **config))
     first, second = section.warnings
-    assert first.startswith("alarm starved, at steps 30 to 120: 50% of the time is spent waiting for tiles; raise")
+    assert first.startswith("alarm starved, at steps 30 to 120: 50 % of the time is spent waiting for tiles; raise")
     assert re.match(r"alarm uniform_teacher, at steps 52 to 86, over now: the teacher's entropy .*; lower", second)
     found = episodes(lines, 30)
     assert [(one.alarm.name, one.first_step, one.last_step) for one in found] == [
@@ -241,10 +241,13 @@ def test_alarms_are_named_with_their_steps(tmp_path: Path) -> None:
 
 def test_a_run_with_a_probe(tmp_path: Path) -> None:
     judged = [{"step": 0, "knn": 0.4, "knn_chance": 1 / 3, "probe_rankme": 9.0, "alarms": []}, line(2)]
-    judged += [line(4, knn=0.62, knn_chance=1 / 3, probe_rankme=20.0)]
+    used = {"mfu": 0.1234, "gflop_per_tile": 121.1, "peak_tflops": 989.0, "peak_is_measured": 0.0, "memory_gib": 9.96}
+    judged += [line(4, knn=0.62, knn_chance=1 / 3, probe_rankme=20.0, **used)]
     section = runs.run_section(make_run(tmp_path / "run", judged, (4,)))
     assert section.warnings == []  # the line of step 0 has no loss, and needs none
     assert "kNN balanced accuracy | 0.620 at step 4, 0.400 at step 0, chance 0.333" in text(section)
+    assert "utilisation | 12.3 % of 989 TFLOP/s (data sheet), at 121.1 GFLOP a tile" in text(section)
+    assert "memory | 10.0 GiB at most" in text(section)
     said = text(runs.compare_runs({"a": tmp_path / "run", "b": make_run(tmp_path / "b", [line(2)])}))
     assert "knn | 0.620 | -" in said
     assert "nearest neighbours" in said

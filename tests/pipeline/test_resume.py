@@ -137,3 +137,42 @@ def test_a_run_falls_back_past_a_damaged_checkpoint_and_ends_the_same(
     again = load_file(started / "checkpoints/step-00000004/student.safetensors")
     assert all(torch.equal(again[name], value) for name, value in straight.items())
     assert [line["step"] for line in read_metrics(started)] == [1, 2, 3, 4]
+
+
+# ---- first weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_begins_with_another_runs_teacher_and_says_so(
+    words: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    pretrain(pretrain_config(words(first, {"train.steps": 1})))
+    teacher = load_file(newest_sound(first) / "teacher.safetensors")
+    options = {
+        "model.init_from": first,
+        "train.steps": 2,
+        "checkpoint.every": 1,
+        "optim.lr": 1e-9,
+        "optim.lr_end": 1e-9,
+    }
+    capsys.readouterr()
+    pretrain(pretrain_config(words(second, options)))
+    assert f"beginning with the teacher of step 1 of {first}" in capsys.readouterr().err
+    begun = load_file(second / "checkpoints/step-00000001/student.safetensors")
+    parameters = [name for name in begun if "running_" not in name and "num_batches" not in name]
+    assert max(float((begun[name] - teacher[name]).abs().max()) for name in parameters) < 1e-6
+    shutil.rmtree(first)  # not asked for again
+    shutil.rmtree(second / "checkpoints/step-00000002")
+    pretrain(pretrain_config(words(second, options)))
+    about = json.loads((newest_sound(second) / "state.json").read_bytes())
+    assert about["step"] == 2
+    assert about["begins_with"]["what"].startswith("teacher of step 1")
+    assert len(about["begins_with"]["sha256"]) == 64
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_first_weights_that_are_not_there_leave_no_run(words: Callable[..., list[str]], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        pretrain(pretrain_config(words(tmp_path / "run", {"model.init_from": tmp_path / "nothing"})))
+    assert not (tmp_path / "run").exists()
