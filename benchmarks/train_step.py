@@ -31,21 +31,25 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from pipeline.flops import flops_per_sample, peak
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+# This file's folder stands first, where ``import tiling`` would find benchmarks/tiling.py.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipeline.config import MethodConfig, ModelConfig, OptimConfig, PretrainConfig, TrainConfig, ViewsConfig
 from pipeline.data.loader import Batch
+from pipeline.flops import flops_per_sample, peak
 from pipeline.methods import build_method
 from pipeline.methods.protocol import Moment
 from pipeline.runtime import Runtime, autocast, half_precision
 from pipeline.trainer import Trainer
 
+# Not XCiT nano: the original changes in place there what PyTorch needs for its gradient.
 ORIGINAL_NAMES = {
     "xcit_medium_24_p16_224": "xcit_medium_24_p16", "xcit_small_12_p16_224": "xcit_small_12_p16",
-    "xcit_nano_12_p16_224": "xcit_nano_12_p16",
+    "xcit_tiny_12_p16_224": "xcit_tiny_12_p16",
     "vit_small_patch16_224": "vit_small", "vit_tiny_patch16_224": "vit_tiny",
 }  # fmt: skip
 WARM_UP = 3
@@ -125,6 +129,15 @@ class OriginalLoss(nn.Module):
         return sum(terms) / len(terms)
 
 
+def for_the_cpu(module: nn.Module) -> None:
+    """Plain BatchNorm for the original's synchronised one, which PyTorch has for GPUs only."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.SyncBatchNorm):
+            setattr(module, name, nn.BatchNorm2d(child.num_features))
+        else:
+            for_the_cpu(child)
+
+
 class Original:
     """The original's networks, and its step on views that are on the device.
 
@@ -162,8 +175,11 @@ class Original:
             head = vision_transformer.DINOHead(backbone.embed_dim, case.out_dim)
             made.append(self.utils.MultiCropWrapper(backbone, head).to(case.device))
         norms = self.utils.has_batchnorms(made[0])
-        if norms and case.device.type == "cuda":  # PyTorch's synchronised BatchNorm refuses a CPU
+        if norms and case.device.type == "cuda":
             made = [nn.SyncBatchNorm.convert_sync_batchnorm(network) for network in made]
+        elif norms:
+            for network in made:
+                for_the_cpu(network)
         student, bare = made
         student = DistributedDataParallel(student)
         teacher = DistributedDataParallel(bare) if norms else bare
@@ -237,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--original", type=Path, help="folder with the original's dino/ and xcit/; else only Bony's")
     parser.add_argument(
-        "--model", choices=ORIGINAL_NAMES, default="xcit_medium_24_p16_224" if on_gpu else "xcit_nano_12_p16_224"
+        "--model", choices=ORIGINAL_NAMES, default="xcit_medium_24_p16_224" if on_gpu else "xcit_tiny_12_p16_224"
     )
     parser.add_argument("--crops", default="1+5", help="global+local")
     parser.add_argument("--batch", type=int, default=100 if on_gpu else 4)

@@ -109,7 +109,7 @@ def assemble(folder: Path, sha256: str, device: torch.device) -> Bundle:
         encoder = FrozenEncoder(
             name=about["architecture"], backbone=parts["backbone"], head=parts["head"], mean=tuple(described["mean"]),
             std=tuple(described["std"]), mpp=about["mpp"], sha256=training["encoder_sha256"],
-            store_fingerprint=training["store_fingerprint"],
+            store_fingerprint=training["store_fingerprint"], input=about.get("input", "rgb"),
         )  # fmt: skip
         decoder = _decoder(about["decoder"], device) if about["decoder"] else None
     except (KeyError, TypeError) as error:

@@ -115,23 +115,6 @@ def _workplace(run: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def save(
-    run: Path,
-    position: Position,
-    networks: Mapping[str, nn.Module],
-    state: Mapping[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-    about: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """As ``pipeline.saver.Saver.save``, at once."""
-    files = {}
-    for name, tensors in tensors_by_file(networks, state, optimizer).items():
-        files[name] = TensorFile(tensors)
-        files[name].fill(tensors)
-    return write(run, position, files, about, keep, 0)
-
-
 def superfluous(steps: Sequence[int], keep: int, keep_every: int) -> list[int]:
     """Those of ascending steps that are neither among the last ``keep`` nor multiples of ``keep_every`` (0: none is).
 

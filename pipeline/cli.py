@@ -14,6 +14,7 @@ COMMANDS = {
     "index": "rebuild a TileStore's index",
     "verify": "check every checksum of a box of any kind",
     "pretrain": "train an encoder on a TileStore without labels",
+    "compare": "runs that differ in some config keys, ranked by a probe",
     "embed": "encode a TileStore with a frozen encoder into a FeatureStore",
     "evaluate": "train and judge a decoder on a FeatureStore",
     "report": "one page, to open in a browser, from any boxes",

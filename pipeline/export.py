@@ -16,6 +16,7 @@ from torch import nn
 from pipeline import bundle, checkpoint
 from pipeline.boxes import BUNDLE
 from pipeline.bundle import Decoder
+from pipeline.data.haar import input_side
 from pipeline.downstream import tasks
 from pipeline.models import facebook
 from pipeline.models.encoders import create_options, width
@@ -30,6 +31,8 @@ from tiling.settings import TileSettings
 TEMPLATES = {"MODEL_CARD.md": "model_card.md", "NOTICE.md": "notice.md"}
 _CPU = torch.device("cpu")
 _TILES_PER_GRADE = 2
+# Keys of a run's config that say where something lies, which is nobody's business elsewhere.
+_PATHS = ("data", "out", "model.init_from", "monitor.probe")
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,14 @@ def export(run: Path, out: Path, result: Path | None = None) -> Path:
 
 def _about(state: Mapping[str, Any], encoder: FrozenEncoder, decoder: dict[str, Any] | None) -> dict[str, Any]:
     """BUNDLE/config.json: what timm reads, and beside it what Bony reads. No paths, no slide ids."""
-    config = {key: value for key, value in state["config"].items() if key not in ("data", "out")}
+    config = {key: value for key, value in state["config"].items() if key not in _PATHS}
     tiling = TileSettings.from_json(state["tiling"])
     # Slides are cut at the true scale of the training tiles; imported tiles came without thresholds of their own.
     tiling = replace(tiling, mpp=encoder.mpp, slide_mpp=None, thresholds=tiling.thresholds or Thresholds())
     values = {
         **_timm_config(encoder, tiling.tile_px),
         "mpp": encoder.mpp,
+        "input": encoder.input,
         "tiling": tiling.to_json(),
         "head": head_sizes(config),
         "decoder": decoder,
@@ -88,6 +92,7 @@ def _about(state: Mapping[str, Any], encoder: FrozenEncoder, decoder: dict[str, 
             **{key: state[key] for key in (
                 "store_fingerprint", "dataset", "slides", "tiles", "step", "samples_seen", "global_batch", "software",
             )},
+            "from_other_weights": state["config"].get("model.init_from") is not None,
             "config": config,
         },
         "software": {"bony": version("bony"), "torch": torch.__version__, "timm": version("timm")},
@@ -98,8 +103,9 @@ def _about(state: Mapping[str, Any], encoder: FrozenEncoder, decoder: dict[str, 
 def _timm_config(encoder: FrozenEncoder, px: int) -> dict[str, Any]:
     """What ``timm.create_model("local-dir:...", pretrained=True)`` needs, with our mean and std."""
     known: Any = encoder.backbone.pretrained_cfg
+    side = input_side(px, encoder.input)
     pretrained = {
-        "input_size": [3, px, px], "mean": list(encoder.mean), "std": list(encoder.std), "num_classes": 0,
+        "input_size": [3, side, side], "mean": list(encoder.mean), "std": list(encoder.std), "num_classes": 0,
         "crop_pct": 1.0, "interpolation": "bicubic", "license": "see NOTICE.md",
         **{key: known[key] for key in ("fixed_input_size", "first_conv", "classifier")},
     }  # fmt: skip

@@ -56,8 +56,10 @@ def pretrain(config: PretrainConfig) -> Path:
         probe = open_probe(config, runtime, store)
         torch.manual_seed(derive_seed(config.train.seed, _STREAM_INIT))
         trainer = Trainer(config, runtime, build_method(config, runtime, store))
-        chosen = runtime.first_decides(lambda: _begin(block, out, about))
-        position = _resume(trainer, Path(chosen) if chosen else None)
+        chosen = runtime.first_decides(lambda: _hold(block, out))
+        position = _filled(trainer, Path(chosen) if chosen else None, about)
+        if runtime.is_first:
+            run.begin(out, about)
         if position.step < config.train.steps:
             signal, position = _train(trainer, store, position, about, probe)
         elif runtime.is_first:
@@ -67,26 +69,32 @@ def pretrain(config: PretrainConfig) -> Path:
     return out
 
 
-def _begin(block: ExitStack, out: Path, about: dict[str, Any]) -> str | None:
-    """On the first rank: hold RUN for the block, begin it, and choose the checkpoint to go on from."""
+def _hold(block: ExitStack, out: Path) -> str | None:
+    """On the first rank: hold RUN for the block, and choose the checkpoint to go on from."""
     block.enter_context(run.held(out))
-    run.begin(out, about)
     stopping.unmark(out)
     folder = checkpoint.newest_sound(out)
     return str(folder) if folder is not None else None
 
 
-def _resume(trainer: Trainer, folder: Path | None) -> Position:
-    """Fill everything from a checkpoint, where there is one."""
-    position = Position(0, 0)
-    if folder is None:
-        said = f"learning rate {trainer.lr:.3g} after the linear rule and its cap ({trainer.config.optim.lr_cap:.3g})"
-    else:
+def _filled(trainer: Trainer, folder: Path | None, about: dict[str, Any]) -> Position:
+    """Fill everything from a checkpoint, where there is one, else the networks from what the run begins with."""
+    config, out = trainer.config, trainer.config.out or Path()
+    position, said = Position(0, 0), []
+    if folder is not None:
         position = checkpoint.load(folder, trainer.method.networks(), trainer.state(), trainer.optimizer)
         trainer.loaded()
-        said = f"continuing from {folder} at step {position.step}"
+        about["begins_with"] = run.begins_with(out)
+        said.append(f"continuing from {folder} at step {position.step}")
+    else:
+        if config.model.init_from is not None:
+            weights = trainer.method.begin_with(config.model.init_from)
+            about["begins_with"] = {"what": weights.what, "sha256": weights.sha256}
+            said.append(f"beginning with the {weights.what}")
+        said.append(f"learning rate {trainer.lr:.3g} after the linear rule and its cap ({config.optim.lr_cap:.3g})")
     if trainer.runtime.is_first:
-        say(said)
+        for line in said:
+            say(line)
     return position
 
 
@@ -173,6 +181,7 @@ class _Writer:
         self._monitor = Monitor(trainer.config, trainer.runtime, trainer.method, store, position.step, probe)
         self._monitor.judge_untrained()
         self._saver = Saver(self._out, self._settings.keep, self._settings.keep_every)
+        self._prepared = False
 
     def __enter__(self) -> Self:
         return self
@@ -186,9 +195,12 @@ class _Writer:
         """Take in a step, save where it is time; returns a note for the progress bar."""
         self._monitor.add(done, self._trainer.global_batch)
         line = self._monitor.log(position.step, last, epoch, self._loader.waited_s, self._loader.skipped)
+        contents = self._trainer.method.networks(), self._trainer.state(), self._trainer.optimizer
+        if not self._prepared:  # the optimizer has its moments now
+            self._saver.prepare(*contents)
+            self._prepared = True
         if last or position.step % self._settings.every == 0:
-            networks, state = self._trainer.method.networks(), self._trainer.state()
-            self._saver.save(position, networks, state, self._trainer.optimizer, self._about)
+            self._saver.save(position, *contents, self._about)
         else:
             self._saver.poll()
         return f"loss {line['loss']:.3f}" if line else ""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -34,8 +34,12 @@ def held(run: Path) -> Iterator[None]:
         HeldError: Another job that lives holds it; the message says who.
     """
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-    with claims.claimed(run / WORK, "run", wait=1.5 * claims.STALE_SECONDS if requeued else 0.0):
-        yield
+    try:
+        with claims.claimed(run / WORK, "run", wait=1.5 * claims.STALE_SECONDS if requeued else 0.0):
+            yield
+    finally:
+        with suppress(OSError):  # something is in it, as there should be
+            run.rmdir()
 
 
 def describe(config: PretrainConfig, runtime: Runtime, store: TileStore) -> dict[str, Any]:
@@ -45,6 +49,7 @@ def describe(config: PretrainConfig, runtime: Runtime, store: TileStore) -> dict
         "global_batch": global_batch(config, runtime.world),
         "micro_batch": config.train.batch_per_rank * runtime.world,
         "ranks": runtime.world,
+        "begins_with": None,
         "store_fingerprint": store.fingerprint,
         "dataset": store.description.dataset,
         "slides": len(store.slide_ids),
@@ -77,6 +82,12 @@ def begin(run: Path, about: dict[str, Any]) -> None:
     before = RUN.read(run)["micro_batch"]
     if before != about["micro_batch"]:
         say(f"BatchNorm sees micro-batches of {about['micro_batch']} tiles, not of {before} as before")
+
+
+def begins_with(run: Path) -> dict[str, str] | None:
+    """What a run's first weights were, where they were not random ones."""
+    known: dict[str, str] | None = RUN.read(run)["begins_with"]
+    return known
 
 
 def _require_same(run: Path, known: dict[str, Any], about: dict[str, Any], config: PretrainConfig) -> None:

@@ -19,7 +19,7 @@ from tiling.progress import say
 class Saver:
     """Saves a run's checkpoints, one at a time, from a thread of its own; the first rank of a run has one.
 
-    The host memory that a checkpoint is copied to is taken with the first one and used again.
+    The host memory that a checkpoint is copied to is taken once and used again.
 
     Args:
         run: The RUN folder.
@@ -31,7 +31,20 @@ class Saver:
         self._run, self._keep, self._keep_every = run, keep, keep_every
         self._files: dict[str, TensorFile] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
-        self._writing: Future[Path] | None = None
+        self._writing: Future[object] | None = None
+
+    def prepare(
+        self, networks: Mapping[str, nn.Module], state: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Begin to take the memory for what a save of these will hold; without this the first save waits for it.
+
+        The optimizer should have made a step, or have been filled from a checkpoint: before it has no moments.
+        """
+        self.wait()
+        self._writing = self._thread.submit(self._take, checkpoint.tensors_by_file(networks, state, optimizer))
+
+    def _take(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        self._files = {name: TensorFile(values) for name, values in tensors.items()}
 
     def save(
         self,

@@ -1,8 +1,9 @@
 """A safetensors file laid out in host memory: filled by copies of tensors, written in one go.
 
-The library's own ``save`` holds Python's lock while it copies everything twice, and in its older versions ``save_file``
-does too; a training loop beside it would stand still. Here the file's bytes are the buffer that tensors are copied
-into, so writing needs no further copy, and its size is known before. The bytes are those of the library.
+The library's ``save`` holds Python's lock while it copies all: a training loop beside it stands still (0.26 s for
+336 MB); its ``save_file`` leaves files that nobody but their owner may read. Here the file's bytes are the buffer that
+tensors are copied into: writing needs no further copy and no lock, and the size is known before. The bytes are those of
+the library.
 """
 
 import json
@@ -12,13 +13,12 @@ from typing import Any
 
 import torch
 
-# The names that safetensors has for types, in the order that its files keep tensors of them.
-_TYPES = {
-    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32",
-    torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+# The names that safetensors has for types, in the order in which its files keep tensors of them.
+TYPES = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_RANKS = {dtype: rank for rank, dtype in enumerate(_TYPES)}
+_RANKS = {dtype: rank for rank, dtype in enumerate(TYPES)}
 
 Layout = list[tuple[str, torch.dtype, torch.Size, bool]]
 
@@ -35,7 +35,7 @@ class TensorFile:
     The memory is pinned where a tensor is on a GPU, so that ``fill`` need not wait for the copies.
 
     Args:
-        tensors: Tensors whose names, types and shapes the file has; their values are not read.
+        tensors: Tensors, of ``TYPES``, whose names and shapes the file has; their values are not read.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -44,12 +44,13 @@ class TensorFile:
         end = 0
         for name, dtype, shape, _ in self._layout:
             begin, end = end, end + shape.numel() * dtype.itemsize
-            header[name] = {"dtype": _TYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            header[name] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         start = len(text).to_bytes(8, "little") + text
         pinned = any(on_gpu for *_, on_gpu in self._layout)
-        self._bytes = torch.empty(len(start) + end, dtype=torch.uint8, pin_memory=pinned)
+        # Written to here, so that the kernel gives the memory now, which takes longer than to fill it.
+        self._bytes = torch.empty(len(start) + end, dtype=torch.uint8, pin_memory=pinned).zero_()
         self._bytes[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
         data = self._bytes[len(start) :]
         self._views = {

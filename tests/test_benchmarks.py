@@ -33,7 +33,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(script: str, *options: str) -> dict[str, Any]:
     command = [sys.executable, "-W", "error", str(ROOT / "benchmarks" / script), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report
@@ -161,7 +161,8 @@ def test_neighbours_vote_as_the_original_knn_code_has_them_vote() -> None:
     from benchmarks import does_it_learn as learn
 
     rng = np.random.default_rng(0)
-    known, asked, labels = rng.normal(size=(90, 5)), rng.normal(size=(40, 5)), rng.integers(3, size=90)
+    # All about as far from each other, so that the last of the 20 counts too.
+    known, asked, labels = rng.normal(3, size=(90, 5)), rng.normal(3, size=(200, 5)), rng.integers(3, size=90)
     expected = []
     for one in asked:
         alike = [float(one @ other / np.linalg.norm(one) / np.linalg.norm(other)) for other in known]
@@ -179,6 +180,8 @@ def test_rankme_counts_the_directions_that_features_have() -> None:
     square = np.linalg.qr(np.random.default_rng(0).normal(size=(50, 8)))[0]
     assert learn.rankme(square) == pytest.approx(8, rel=1e-4)
     assert learn.rankme(square[:, :1] @ np.ones((1, 8))) == pytest.approx(1, rel=1e-4)
+    entropy = 0.75 * np.log(4 / 3) + 0.25 * np.log(4)
+    assert learn.rankme(square[:, :2] * [3, 1]) == pytest.approx(np.exp(entropy), rel=1e-4)
 
 
 def test_slides_are_resampled_whole_within_their_class_and_the_same_for_all_contenders() -> None:
@@ -227,3 +230,13 @@ def test_does_it_learn_runs_again_from_what_is_there(tmp_path: Path, shared_data
     assert len(times) == 4  # two seeds, trained and not
     assert run("does_it_learn.py", "--quick", "--seeds", "0", "1", "--out", str(tmp_path)) == first
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")} == times
+
+
+def test_train_step_reports_bonys_step_where_the_original_is_not_there() -> None:
+    options = ["--model", "vit_tiny_patch16_224", "--batch", "2", "--steps", "1", "--rounds", "1", "--out-dim", "64"]
+    report = run("train_step.py", *options)
+    assert set(report["figures"]) == {"Bony", "Bony, views ready", "Bony, recompute"}
+    assert report["flops_per_sample"] > 1e9
+    for figures in report["figures"].values():
+        assert 0 < figures["samples_per_s"] < report["limit"]["samples_per_s_at_peak"]
+        assert figures["over_original"] is None

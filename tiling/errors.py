@@ -57,7 +57,7 @@ class DamageError(BonyError):
 
 
 class CheckpointError(BonyError):
-    """A checkpoint that is damaged or belongs to another model."""
+    """A checkpoint that is damaged, belongs to another model or cannot be written."""
 
 
 class FeatureError(BonyError):

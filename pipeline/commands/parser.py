@@ -1,6 +1,6 @@
 """Argument parsing for all commands: errors are one line and exit code 2."""
 
-from argparse import Action, ArgumentError, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentError, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from textwrap import fill
@@ -43,6 +43,14 @@ def command_parser(name: str, description: str, *examples: str) -> OneLineParser
         formatter_class=_Help,
         allow_abbrev=False,
     )
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """``I/N``, such as of a Slurm array: which of how many shares, counted from 1."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ArgumentTypeError(f"is {text!r}, must be I/N with I from 1 to N")
+    return int(number), int(count)
 
 
 def pretrain_config(words: Sequence[str]) -> PretrainConfig:

@@ -1,10 +1,10 @@
 """The options of ``bony tile``: words to a data set and settings."""
 
-from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
+from argparse import BooleanOptionalAction, Namespace
 from dataclasses import fields, replace
 from pathlib import Path
 
-from pipeline.commands.parser import OneLineParser, command_parser
+from pipeline.commands.parser import OneLineParser, command_parser, part_of
 from pipeline.commands.slide_limits import add_limits
 from tiling import datasets, patches
 from tiling.codec import CODECS
@@ -63,7 +63,7 @@ def _add_drivers(parser: OneLineParser) -> None:
     who = group.add_mutually_exclusive_group()
     who.add_argument("--workers", type=int, default=1, metavar="N", help="processes, one slide each")
     who.add_argument("--mpi", action="store_true", help="the ranks of an MPI world; the first hands out slides")
-    group.add_argument("--part", type=_part, metavar="I/N", help="only the I-th of N equal shares")
+    group.add_argument("--part", type=part_of, metavar="I/N", help="only the I-th of N equal shares")
     group = parser.add_argument_group(
         "de-identification",
         "Slide ids that are not public ones of their data set become keyed hashes. Key and list of names lie beside "
@@ -71,13 +71,6 @@ def _add_drivers(parser: OneLineParser) -> None:
     )
     group.add_argument("--deidentify", action=BooleanOptionalAction, default=True, help="replace ids and file names")
     group.add_argument("--id-key", type=Path, metavar="FILE", help="the key (default: STORE.id-key); made when missing")
-
-
-def _part(text: str) -> tuple[int, int]:
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise ArgumentTypeError(f"is {text!r}, must be I/N with I from 1 to N")
-    return int(number), int(count)
 
 
 def _add_scale_and_filters(parser: OneLineParser) -> None:

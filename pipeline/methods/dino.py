@@ -8,6 +8,7 @@ encoded: with one global crop the student sees the local ones only.
 import copy
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from pipeline.data.augment import ViewSpec, view_specs
 from pipeline.methods.protocol import MicroBatch, Moment, Outcome, follow, grouped_by_size
 from pipeline.models.encoders import build_encoder, width
 from pipeline.models.heads import DinoHead
+from pipeline.models.initial import InitialWeights, initial_weights
 from pipeline.runtime import Runtime
 from pipeline.schedules import cosine, linear
 from tiling.errors import UsageError
@@ -99,7 +101,7 @@ class Dino:
             count = views.global_crops + views.local_crops
             raise UsageError(f"views.global_crops + views.local_crops is {count}, DINO compares 2 views or more")
         self.views: tuple[ViewSpec, ...] = specs
-        backbone = build_encoder(model.name, model.drop_path)
+        backbone = build_encoder(model.name, model.drop_path, config.train.recompute)
         head = DinoHead(width(backbone), method.out_dim, method.hidden_dim, method.bottleneck_dim)
         self._projector = Projector(backbone, head).to(device)
         self.student: nn.Module = self._projector
@@ -115,8 +117,19 @@ class Dino:
         self.centre = torch.zeros(method.out_dim, device=device)
         self._sum = torch.zeros_like(self.centre)
         self._count = 0
-        self._method, self._runtime = method, runtime
+        self._method, self._runtime, self._architecture = method, runtime, model.name
         self.constants = {"ln_k": math.log(method.out_dim)}
+
+    def begin_with(self, path: Path) -> InitialWeights:
+        """Student and teacher both begin with these weights; with the head too where it is of the run's sizes."""
+        method = self._method
+        sizes = {"out_dim": method.out_dim, "hidden_dim": method.hidden_dim, "bottleneck_dim": method.bottleneck_dim}
+        weights = initial_weights(path, self._architecture, sizes)
+        for network in (self._projector, self.teacher):
+            network.backbone.load_state_dict(weights.backbone)
+            if weights.head is not None:
+                network.head.load_state_dict(weights.head)
+        return weights
 
     def loss(self, student: nn.Module, batch: MicroBatch, moment: Moment) -> Outcome:
         """Loss of one micro-batch; the teacher's outputs are added up for the centre."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.data.augment import ViewSpec
+from pipeline.models.initial import InitialWeights
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,9 @@ class Method(Protocol):
     student: nn.Module
     encoder: nn.Module
     constants: dict[str, float]
+
+    def begin_with(self, path: Path) -> InitialWeights:
+        """Fill the networks of a new run with weights from elsewhere (``model.init_from``); returns what they are."""
 
     def loss(self, student: nn.Module, batch: MicroBatch, moment: Moment) -> Outcome:
         """Loss of one micro-batch; several may come before one update.

@@ -171,7 +171,12 @@ _SAFE: list[Any] = [
 ]
 
 
-def _parse(content: object) -> OriginalCheckpoint:
+def parse_original(content: object) -> OriginalCheckpoint:
+    """The teacher in what a file of the original DINO code holds; see ``read_original``.
+
+    Raises:
+        CheckpointError: There is no teacher, or it has names that the original has not.
+    """
     content = content if isinstance(content, Mapping) else {}
     # The published *_pretrain.pth are a backbone's tensors and nothing else.
     bare = all(isinstance(value, torch.Tensor) for value in content.values())
@@ -203,21 +208,31 @@ def read_original(path: Path) -> OriginalCheckpoint:
         UsageError: There is no such file.
         CheckpointError: It is damaged, wants something to be run, or has no teacher or names that the original has not.
     """
+    content = load_content(path)
+    try:
+        return parse_original(content)
+    except CheckpointError as error:
+        raise CheckpointError(error.what, path, error.do) from error
+
+
+def load_content(path: Path) -> object:
+    """What a file of ``torch.save`` holds, with stand-ins for values that nobody needs; nothing in it is run.
+
+    Raises:
+        UsageError: There is no such file.
+        CheckpointError: It is damaged, or wants something to be run.
+    """
     if not path.is_file():
         raise UsageError("is no file", path, "give a .pth file of the original DINO code")
     try:
         # Warnings are of formats that are refused right after.
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(_SAFE):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise anything
         if wanted := re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error)):
             what = f"wants {wanted[1]!r:.80} to be run, which no checkpoint of DINO needs; nothing was run"
             raise CheckpointError(what, path, "ask for a file of tensors only") from error
         raise CheckpointError("is no file of torch.save, or is damaged or cut short", path, "fetch it again") from error
-    try:
-        return _parse(content)
-    except CheckpointError as error:
-        raise CheckpointError(error.what, path, error.do) from error
 
 
 def timm_name(checkpoint: OriginalCheckpoint) -> str:

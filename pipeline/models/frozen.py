@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from pipeline import checkpoint
+from pipeline.data.haar import Triple, network_input
 from pipeline.models import facebook
-from pipeline.models.encoders import build_encoder, width
-from pipeline.models.heads import DinoHead
+from pipeline.models.encoders import build_encoder, require_size, width
+from pipeline.models.heads import DinoHead, sizes_of_head
 from tiling import atomic
 from tiling.errors import CheckpointError, UsageError
 
-Triple = tuple[float, float, float]
 # What the original code normalises with, whatever it was trained on.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -34,6 +34,7 @@ class FrozenEncoder:
         mpp: um/px it was trained at.
         sha256: Identity of the weights.
         store_fingerprint: Identity of the store it was pretrained on; "" where that is not known.
+        input: What the backbone is fed: rgb, or haar for the approximation of a tile's Haar transform.
     """
 
     name: str
@@ -44,19 +45,21 @@ class FrozenEncoder:
     mpp: float
     sha256: str
     store_fingerprint: str
+    input: str = "rgb"
 
     @torch.no_grad()
     def features(self, tiles: torch.Tensor) -> dict[str, torch.Tensor]:
         """Features of uint8 tiles (B, px, px, 3) on the encoder's device: ``cls`` (B, D), ``head`` (B, K), float32.
 
         They are computed in the type of the weights.
+
+        Raises:
+            UsageError: The encoder takes no tiles of this size.
         """
-        kind = next(self.backbone.parameters()).dtype
-        images = tiles.permute(0, 3, 1, 2).to(kind) / 255
-        mean, std = (
-            torch.tensor(values, dtype=kind, device=tiles.device).view(1, 3, 1, 1) for values in (self.mean, self.std)
-        )
-        cls = self.backbone((images - mean) / std)
+        images = tiles.permute(0, 3, 1, 2).to(next(self.backbone.parameters()).dtype) / 255
+        x = network_input(images, self.input, self.mean, self.std)
+        require_size(self.backbone, x.shape[-1])
+        cls = self.backbone(x)
         found = {"cls": cls.float()}
         if self.head is not None:
             found["head"] = self.head(cls).float()
@@ -129,6 +132,7 @@ def encoder_of(folder: Path, state: Mapping[str, Any], device: torch.device) -> 
         mpp=float(state["mpp"]),
         sha256=atomic.sha256_file(folder / "teacher.safetensors"),
         store_fingerprint=state["store_fingerprint"],
+        input=config.get("views.input", "rgb"),
     )
 
 
@@ -150,10 +154,7 @@ def load_original(path: Path, mpp: float, device: torch.device) -> FrozenEncoder
     sizes = None
     if found.head is not None:
         tensors |= {f"head.{key}": tensor for key, tensor in found.head.items()}
-        prototypes = found.head["last_layer.weight_v"].shape
-        sizes = {
-            "out_dim": prototypes[0], "hidden_dim": len(found.head["mlp.0.bias"]), "bottleneck_dim": prototypes[1],
-        }  # fmt: skip
+        sizes = sizes_of_head(found.head)
     teacher = networks(name, sizes)
     checkpoint.require_fitting(path, tensors, teacher)
     teacher.load_state_dict(tensors)

@@ -1,10 +1,15 @@
 """Projection heads."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-_NORM_EPS = 1e-6  # safe in half precision, where the usual 1e-12 is 0
+# Shortest length that is divided by; the usual 1e-12 is 0 in float16, and a gradient divided by less than this would
+# pass float16's largest number.
+_SHORTEST = {torch.float16: 1e-3}
+_SHORTEST_ELSE = 1e-6
 
 
 class UnitLinear(nn.Module):
@@ -53,5 +58,12 @@ class DinoHead(nn.Module):
 
     def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
         """Features (B, in_dim) -> cosines with the prototypes (B, out_dim), each in [-1, 1]."""
-        cosines: torch.Tensor = self.last_layer(F.normalize(self.mlp(x_BD), dim=-1, eps=_NORM_EPS))
+        out = self.mlp(x_BD)
+        cosines: torch.Tensor = self.last_layer(F.normalize(out, dim=-1, eps=_SHORTEST.get(out.dtype, _SHORTEST_ELSE)))
         return cosines
+
+
+def sizes_of_head(state: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The sizes that ``DinoHead`` was made with, of its state dict."""
+    prototypes = state["last_layer.weight_v"].shape
+    return {"out_dim": prototypes[0], "hidden_dim": len(state["mlp.0.bias"]), "bottleneck_dim": prototypes[1]}

@@ -186,6 +186,7 @@ def _facts(run: _Run) -> dict[str, str | Link]:
         "time in steps": f"{duration(run.seconds)}, {decimal(rate, 1)} tiles/s",
         **_machine(run),
         **_judgement(run),
+        **({"begins with": about["begins_with"]["what"]} if about["begins_with"] else {}),
         "made by": software(about["software"]),
     }
 

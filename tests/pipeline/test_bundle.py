@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from pipeline.commands.parser import pretrain_config
 from pipeline.downstream.tasks import evaluate
 from pipeline.embed import embed, open_encoder
 from pipeline.export import export
+from pipeline.models.encoders import build_encoder
 from pipeline.models.frozen import load_encoder
 from pipeline.pretrain import pretrain
 from tiling import atomic, datasets, phantom
@@ -218,21 +219,25 @@ def test_mean_std_and_mpp_are_ours(boxes: Path) -> None:
     assert json.loads((boxes / "bundle/config.json").read_text())["mpp"] == pytest.approx(0.5)
 
 
-def test_the_model_cards_own_code_runs_and_gives_the_self_test(boxes: Path) -> None:
-    card = (boxes / "bundle/MODEL_CARD.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+def require_card_gives_the_self_test(folder: Path, values: Mapping[str, str]) -> None:
+    """Run the model card's own code; ``values`` says what in it must be which output of the first tile."""
+    blocks = re.findall(r"```python\n(.*?)```", (folder / "MODEL_CARD.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
-    program = (
-        OFFLINE + "\n".join(blocks) + "\nprint([features[0].tolist(), output[0].tolist(), x.softmax(1)[0].tolist()])"
-    )
+    program = OFFLINE + "\n".join(blocks) + f"\nprint([{', '.join(f'{text}[0].tolist()' for text in values.values())}])"
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], cwd=boxes / "bundle", capture_output=True, text=True, check=True
+        [sys.executable, "-W", "error", "-c", program], cwd=folder, capture_output=True, text=True, check=True
     )
-    found = json.loads(done.stdout.splitlines()[-1])
-    expected = load_file(boxes / "bundle/selftest/expected.safetensors")
-    for values, name in zip(found, ("cls", "head", "probabilities"), strict=True):
-        assert (torch.tensor(values) - expected[name][0]).abs().max() < bundle.TOLERANCE[name] * 2
+    expected = load_file(folder / "selftest/expected.safetensors")
+    for name, found in zip(values, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert (torch.tensor(found) - expected[name][0]).abs().max() < bundle.TOLERANCE[name] * 2
+
+
+def test_the_model_cards_own_code_runs_and_gives_the_self_test(boxes: Path) -> None:
+    values = {"cls": "features", "head": "output", "probabilities": "x.softmax(1)"}
+    require_card_gives_the_self_test(boxes / "bundle", values)
+    card = (boxes / "bundle/MODEL_CARD.md").read_text()
     assert "0.7, 0.5, 0.6" in card
+    assert "Haar" not in card
 
 
 def test_facebook_pth_is_the_teacher_under_the_originals_names(boxes: Path) -> None:
@@ -264,6 +269,49 @@ def test_a_vit_goes_the_same_way(tmp_path: Path, words: Callable[..., list[str]]
         found = model((tiles.permute(0, 3, 1, 2) / 255 - mean) / std)
     assert (found - opened.encoder.features(tiles)["cls"]).abs().max() < 1e-5
     assert "no decoder" in (folder / "MODEL_CARD.md").read_text()
+
+
+def test_of_the_weights_it_began_with_it_is_said_that_there_were_some_but_not_where(
+    tmp_path: Path, words: Callable[..., list[str]]
+) -> None:
+    weights = tmp_path / f"{CANARY}.pth"
+    torch.save(build_encoder("xcit_nano_12_p16_224").state_dict(), weights)
+    pretrain(pretrain_config(words(tmp_path / "run", {"model.init_from": weights, "train.steps": 1})))
+    folder = export(tmp_path / "run", tmp_path / "bundle")
+    assert "begun with other weights, whose terms apply as well" in (folder / "NOTICE.md").read_text()
+    for path in folder.rglob("*"):
+        assert path.is_dir() or CANARY.encode() not in path.read_bytes()
+
+
+def test_what_is_trained_on_the_haar_transform_is_fed_it_everywhere(
+    tmp_path: Path, words: Callable[..., list[str]], boxes: Path
+) -> None:
+    changes = {"views.input": "haar", "train.steps": 1, "views.mean": "[0.7,0.5,0.6]"}
+    assert "trained from random initialisation" in (boxes / "bundle/NOTICE.md").read_text()
+    pretrain(pretrain_config(words(tmp_path / "run", changes)))
+    folder = export(tmp_path / "run", tmp_path / "bundle")
+    assert bundle.problems(folder) == []
+    of_run, of_bundle = load_encoder(tmp_path / "run", CPU), open_bundle(folder, CPU).encoder
+    assert of_run.input == of_bundle.input == "haar"
+    tiles = self_test_tiles(folder)
+    images = tiles.permute(0, 3, 1, 2).double() / 255
+    band = (images[..., ::2, ::2] + images[..., 1::2, ::2] + images[..., ::2, 1::2] + images[..., 1::2, 1::2]) / 2
+    mean, std = (2 * torch.tensor(values).double().view(3, 1, 1) for values in (of_run.mean, of_run.std))
+    assert of_run.mean == (0.7, 0.5, 0.6)
+    expected = of_run.double().backbone((band - mean) / std).float()
+    assert (of_bundle.features(tiles)["cls"] - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert torch.equal(of_run.features(tiles)["cls"], of_bundle.features(tiles)["cls"])
+    assert replace(of_run, input="rgb").features(tiles)["cls"].sub(expected).abs().max() > 1e-2
+    config = resolve_model_data_config(timm.create_model(f"local-dir:{folder}", pretrained=True))
+    assert config["input_size"] == [3, 112, 112]
+    require_card_gives_the_self_test(folder, {"cls": "features", "head": "output"})
+    assert "Haar wavelet transform, 112 x 112 px" in (folder / "MODEL_CARD.md").read_text()
+    about = json.loads((boxes / "bundle/config.json").read_text())
+    assert about["input"] == "rgb"
+    older = Path(shutil.copytree(boxes / "bundle", tmp_path / "older"))
+    atomic.write_json(older / "config.json", {key: value for key, value in about.items() if key != "input"})
+    reseal(older)
+    assert open_bundle(older, CPU).encoder.input == "rgb"
 
 
 # ---- use and refusal -------------------------------------------------------------------------------------------------

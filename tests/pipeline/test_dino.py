@@ -50,7 +50,7 @@ class TinyBackbone(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dino, "build_encoder", lambda name, drop_path: TinyBackbone())
+    monkeypatch.setattr(dino, "build_encoder", lambda name, drop_path, recompute: TinyBackbone())
     torch.manual_seed(0)
 
 

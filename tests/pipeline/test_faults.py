@@ -22,7 +22,10 @@ from pipeline.monitor import read_metrics
 Words = Callable[..., list[str]]
 STEPS, EVERY = 12, 3
 # 4 samples a step in 2 micro-batches, of 33 tiles: an epoch ends amid the ninth step.
-RUN = {"train.steps": STEPS, "train.batch_per_rank": 1, "checkpoint.every": EVERY, "checkpoint.keep": 99}
+RUN = {
+    "train.steps": STEPS, "train.batch_per_rank": 1, "model.drop_path": 0.1,
+    "checkpoint.every": EVERY, "checkpoint.keep": 99,
+}  # fmt: skip
 
 
 def wait_for(run: Path, step: int, alive: Callable[[], bool], seconds: float = 200) -> None:

@@ -1,4 +1,4 @@
-"""The configs in jobs/configs: each parses, says what its source says, and its networks train, shrunken, for two steps."""
+"""The configs in jobs/configs: each parses, says what its source says, and trains, shrunken, for two steps."""
 
 import math
 from dataclasses import asdict

@@ -1,12 +1,8 @@
-"""Continuing a run: which one may be, and that a killed one ends exactly as an uninterrupted one does."""
+"""Which run may be continued, and from which checkpoint; that it ends as if it had not stopped is in test_faults."""
 
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.checkpoint import list_checkpoints, newest_sound
+from pipeline.checkpoint import newest_sound
 from pipeline.commands.parser import pretrain_config
 from pipeline.methods import dino
 from pipeline.monitor import read_metrics
@@ -40,7 +36,7 @@ class TinyBackbone(nn.Module):
 
 @pytest.fixture
 def _tiny(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    monkeypatch.setattr(dino, "build_encoder", lambda name, drop_path: TinyBackbone())
+    monkeypatch.setattr(dino, "build_encoder", lambda name, drop_path, recompute: TinyBackbone())
 
 
 @pytest.fixture
@@ -143,80 +139,40 @@ def test_a_run_falls_back_past_a_damaged_checkpoint_and_ends_the_same(
     assert [line["step"] for line in read_metrics(started)] == [1, 2, 3, 4]
 
 
-# ---- killed and continued --------------------------------------------------------------------------------------------
-
-LONG = {"model.drop_path": 0.1, "train.steps": 9, "method.freeze_last_layer_epochs": 0.3, "checkpoint.keep": 9}
+# ---- first weights ---------------------------------------------------------------------------------------------------
 
 
-def start(options: list[str], environment: dict[str, str], ranks: int = 1) -> subprocess.Popen[str]:
-    """A real ``bony pretrain``, under torchrun for several ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "pipeline.pretrain"]
-    command = ["-W", "error", "-m", "pipeline.cli", "pretrain"] if ranks == 1 else torchrun
-    return subprocess.Popen([sys.executable, *command, *options], env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str]:
-    try:
-        said = process.communicate(timeout=seconds)[1]
-    finally:
-        process.kill()
-    return process.returncode, said
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not any(line["step"] >= step for line in read_metrics(run)):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def children(pid: int) -> list[int]:
-    return [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
-
-
-def require_same_end(straight: Path, continued: Path, steps: int) -> None:
-    """Difference 0 in every tensor, and every figure of every step, once."""
-    ends = [newest_sound(run) for run in (straight, continued)]
-    assert [end.name for end in ends] == [f"step-{steps:08d}"] * 2
-    files = sorted(path.name for path in ends[0].glob("*.safetensors"))
-    assert files == ["method.safetensors", "optimizer.safetensors", "student.safetensors", "teacher.safetensors"]
-    count = 0
-    for name in files:
-        one, other = (load_file(end / name) for end in ends)
-        assert one.keys() == other.keys()
-        for key, value in one.items():
-            assert torch.equal(value, other[key]), f"{name}: {key}"
-            count += 1
-    assert count > 300
-    lines = [read_metrics(run) for run in (straight, continued)]
-    assert [line["step"] for line in lines[1]] == list(range(1, steps + 1))
-    for one, other in zip(*lines, strict=True):
-        assert {**one, "samples_per_s": 0} == {**other, "samples_per_s": 0}
-
-
-def test_killed_and_continued_is_the_uninterrupted_run(
-    words: Callable[..., list[str]], environment: dict[str, str], tmp_path: Path
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_begins_with_another_runs_teacher_and_says_so(
+    words: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """36 samples of 33 tiles in 9 steps of 2 micro-batches: the kill is mid-epoch, and the epoch ends mid-step."""
-    straight = start(words(tmp_path / "straight", LONG), environment)
-    killed = start(words(tmp_path / "killed", LONG), environment)
-    try:
-        wait_for_step(tmp_path / "killed", 5, killed)
-        killed.kill()
-        assert finish(killed)[0] == -signal.SIGKILL
-        stopped = [int(folder.name[-8:]) for folder in list_checkpoints(tmp_path / "killed")]
-        assert stopped[0] == 2
-        assert stopped[-1] < 9
-        code, said = finish(start(words(tmp_path / "killed", LONG), environment))
-        assert code == 0, said
-        assert f"continuing from {tmp_path}/killed/checkpoints/step-" in said
-        code, said = finish(straight)
-        assert code == 0, said
-        assert "continuing" not in said
-    finally:
-        straight.kill()
-        killed.kill()
-    require_same_end(tmp_path / "straight", tmp_path / "killed", 9)
+    first, second = tmp_path / "first", tmp_path / "second"
+    pretrain(pretrain_config(words(first, {"train.steps": 1})))
+    teacher = load_file(newest_sound(first) / "teacher.safetensors")
+    options = {
+        "model.init_from": first,
+        "train.steps": 2,
+        "checkpoint.every": 1,
+        "optim.lr": 1e-9,
+        "optim.lr_end": 1e-9,
+    }
+    capsys.readouterr()
+    pretrain(pretrain_config(words(second, options)))
+    assert f"beginning with the teacher of step 1 of {first}" in capsys.readouterr().err
+    begun = load_file(second / "checkpoints/step-00000001/student.safetensors")
+    parameters = [name for name in begun if "running_" not in name and "num_batches" not in name]
+    assert max(float((begun[name] - teacher[name]).abs().max()) for name in parameters) < 1e-6
+    shutil.rmtree(first)  # not asked for again
+    shutil.rmtree(second / "checkpoints/step-00000002")
+    pretrain(pretrain_config(words(second, options)))
+    about = json.loads((newest_sound(second) / "state.json").read_bytes())
+    assert about["step"] == 2
+    assert about["begins_with"]["what"].startswith("teacher of step 1")
+    assert len(about["begins_with"]["sha256"]) == 64
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_first_weights_that_are_not_there_leave_no_run(words: Callable[..., list[str]], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        pretrain(pretrain_config(words(tmp_path / "run", {"model.init_from": tmp_path / "nothing"})))
+    assert not (tmp_path / "run").exists()

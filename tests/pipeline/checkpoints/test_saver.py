@@ -118,6 +118,21 @@ def test_tensors_that_come_and_go_between_saves_are_saved_as_they_are(tmp_path: 
     assert len(expected) == 2 * 9 + 1 + 6 * 3
 
 
+def test_memory_that_was_prepared_is_used_for_every_save(tmp_path: Path, model: MakeModel) -> None:
+    trained, other = model(1), model(2)
+    with Saver(tmp_path, keep=3) as saver:
+        saver.prepare(*trained.parts)
+        saver.wait()
+        prepared = dict(saver._files)
+        for step in (1, 2):
+            spoil(trained.live())
+            trained.write(saver, step)
+            assert {name: id(file) for name, file in saver._files.items()} == {n: id(f) for n, f in prepared.items()}
+            other.load(step_folder(tmp_path, step))
+            assert other.equals(trained.tensors())
+    assert len(prepared) == 4
+
+
 def test_any_networks_and_state_and_scalars_on_any_side(tmp_path: Path) -> None:
     networks = {"online": nn.Linear(2, 2), "predictor": nn.Linear(2, 1)}
     state = {"centre": torch.randn(3), "scale": torch.tensor(65536.0), "growth": torch.tensor(7, dtype=torch.int32)}

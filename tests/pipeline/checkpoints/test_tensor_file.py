@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from safetensors.torch import save as library_bytes
 
 from pipeline.checkpoint import write_tensors
-from pipeline.tensor_file import _TYPES, TensorFile
+from pipeline.tensor_file import TYPES, TensorFile
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=9).filter(lambda name: name != "__metadata__")
 TENSORS = st.dictionaries(
-    NAMES, st.tuples(st.sampled_from(list(_TYPES)), st.lists(st.integers(0, 4), max_size=3)), max_size=8
+    NAMES, st.tuples(st.sampled_from(list(TYPES)), st.lists(st.integers(0, 4), max_size=3)), max_size=8
 )
 
 
