@@ -4,6 +4,7 @@ if it had not been there."""
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -301,8 +302,7 @@ def test_a_run_that_goes_on_keeps_its_first_judgement(
     options = words(run, {"monitor.probe": labelled, "monitor.probe_every": 2}, data=labelled)
     pretrain(pretrain_config(options))
     before = read_metrics(run)
-    for folder in (run / "checkpoints").glob("step-*"):
-        shutil.rmtree(folder)
+    shutil.rmtree(run / "checkpoints")
     with (run / "metrics.jsonl").open("w") as file:
         file.write(json.dumps(before[0] | {"knn": 0.123}) + "\n")
     pretrain(pretrain_config(options))  # from step 0 again
@@ -319,3 +319,20 @@ def test_a_probe_that_will_not_do_leaves_no_run(
     with pytest.raises(UsageError, match="tiles have 1 um/px"):
         pretrain(pretrain_config(words(tmp_path / "run", {"monitor.probe": other}, data=labelled)))
     assert not (tmp_path / "run").exists()
+
+
+def test_two_ranks_train_alike_while_the_first_one_judges(
+    labelled: Path, tmp_path: Path, words: Callable[..., list[str]], ranks: Callable[..., None]
+) -> None:
+    probe = {"monitor.probe": labelled, "monitor.probe_every": 2, "monitor.probe_tiles": 20}
+    for name, changes in (("with", probe), ("without", {})):
+        ranks(__file__, 2, *words(tmp_path / name, changes, data=labelled))
+    ours, theirs = (
+        load_file(tmp_path / name / "checkpoints/step-00000004/teacher.safetensors") for name in ("with", "without")
+    )
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert [line["step"] for line in read_metrics(tmp_path / "with") if "knn" in line] == [0, 2, 4]
+
+
+if __name__ == "__main__":
+    pretrain(pretrain_config(sys.argv[1:]))
