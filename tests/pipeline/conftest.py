@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from pipeline.methods import dino
 from tiling import datasets, phantom
 from tiling.run import tile
 from tiling.settings import TileSettings
@@ -96,6 +98,25 @@ def double(one_thread: None) -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+class TinyBackbone(nn.Module):
+    """A fast encoder, where it does not matter which one it is."""
+
+    num_features = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, self.num_features)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(images.mean((2, 3))))
+
+
+@pytest.fixture
+def _tiny(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """DINO's networks are tiny."""
+    monkeypatch.setattr(dino, "build_encoder", lambda *_: TinyBackbone())
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Damaged tiles are told with their names, or left out and counted; never served. A failing file system is no damage."""
+"""Damaged tiles are told by name, or left out and counted; never served. A failing file system is no damage."""
 
 import json
 import shutil
