@@ -11,7 +11,7 @@ RUN = Format("run", 3, "run.json", CheckpointError, "bony pretrain")
 CHECKPOINT = Format("checkpoint", 3, "state.json", CheckpointError, "bony pretrain")
 FEATURE_STORE = Format("feature store", 1, "features.json", FeatureError, "bony embed")
 RESULT = Format("result", 1, "results.json", EvaluationError, "bony evaluate")
-BUNDLE = Format("bundle", 1, "config.json", CheckpointError, "bony export")
+BUNDLE = Format("bundle", 2, "config.json", CheckpointError, "bony export")
 PREDICTIONS = Format("predictions", 1, "predictions.json", UsageError, "bony predict")
 
 KINDS = {
