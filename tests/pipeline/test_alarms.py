@@ -64,7 +64,7 @@ def test_a_run_that_is_made_to_collapse_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Without sharpening, really trained."""
-    monkeypatch.setattr(dino, "build_encoder", lambda name, drop_path: Colours())
+    monkeypatch.setattr(dino, "build_encoder", lambda *options: Colours())
     changes = {"train.steps": 40, "checkpoint.every": 40, "method.teacher_temp": 1, "method.teacher_temp_start": 1}
     pretrain(pretrain_config(words(tmp_path / "run", changes)))
     lines = read_metrics(tmp_path / "run")
