@@ -119,6 +119,7 @@ class TorchSaveTurn(Turn):
     """torch.save, all of it while the step waits."""
 
     def save(self) -> None:
+        """Save, and wait."""
         networks, state, optimizer = self.parts
         states = {name: network.state_dict() for name, network in networks.items()}
         temporary = self.run / "checkpoint.tmp"
@@ -144,6 +145,7 @@ class FloorTurn(Turn):
         synchronize()
 
     def finish(self) -> None:
+        """Write the copy, and read it for its sha256."""
         data = self._copy.numpy()
         with (self.run / "bytes").open("wb") as file:
             file.write(data)

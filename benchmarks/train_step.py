@@ -114,6 +114,7 @@ class OriginalLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(self, student_output: torch.Tensor, teacher_output: torch.Tensor) -> torch.Tensor:
+        """Loss of all crops' outputs, one after the other; moves the centre."""
         student = (student_output / 0.1).chunk(len(self.seen))
         teacher = functional.softmax((teacher_output - self.center) / 0.04, dim=-1).detach().chunk(self.global_crops)
         terms = [

@@ -17,8 +17,9 @@ from torch import nn
 
 from pipeline.config import PretrainConfig
 from pipeline.data.augment import ViewSpec, view_specs
+from pipeline.data.haar import input_side
 from pipeline.methods.protocol import MicroBatch, Moment, Outcome, follow, grouped_by_size
-from pipeline.models.encoders import build_encoder, width
+from pipeline.models.encoders import build_encoder, require_size, width
 from pipeline.models.heads import DinoHead
 from pipeline.models.initial import InitialWeights, initial_weights
 from pipeline.runtime import Runtime
@@ -102,6 +103,8 @@ class Dino:
             raise UsageError(f"views.global_crops + views.local_crops is {count}, DINO compares 2 views or more")
         self.views: tuple[ViewSpec, ...] = specs
         backbone = build_encoder(model.name, model.drop_path, config.train.recompute)
+        for spec in specs:
+            require_size(backbone, input_side(spec.size, views.input))
         head = DinoHead(width(backbone), method.out_dim, method.hidden_dim, method.bottleneck_dim)
         self._projector = Projector(backbone, head).to(device)
         self.student: nn.Module = self._projector

@@ -64,7 +64,7 @@ def require_size(encoder: nn.Module, px: int) -> None:
 
     A ViT that cuts images into patches takes multiples of the patch; XCiT's and the hybrids' convolutions pad.
     """
-    embed = encoder.patch_embed
+    embed = getattr(encoder, "patch_embed", None)
     patch = max(embed.patch_size) if isinstance(embed, PatchEmbed) else 1
     if px % patch:
         near = patch * max(1, round(px / patch))

@@ -79,12 +79,14 @@ class _Normalise(torch.autograd.Function):
         number: torch.Tensor,
         eps: float,
     ) -> torch.Tensor:
+        """(B, C, ...) -> the same shape and type."""
         ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps), number)
         ctx.eps = eps
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)  # one pass on every device
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Of x, weight and bias; the last two are this rank's own."""
         x, weight, mean, inverse, number = ctx.saved_tensors
         # This rank's sums of gradient * normal and of gradient, in one pass; x's gradient needs those of all ranks.
         _, weight_grad, bias_grad = torch.ops.aten.native_batch_norm_backward(

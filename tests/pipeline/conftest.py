@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from pipeline.methods import dino
 from tiling import datasets, phantom
 from tiling.run import tile
 from tiling.settings import TileSettings
+from tiling.store import TileStore
 
 Words = Callable[..., list[str]]
 Ranks = Callable[..., None]
@@ -56,6 +59,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _make_store(tmp_path_factory.mktemp("store"), (0, 1))
 
 
+@pytest.fixture(scope="module")
+def tiles(store: Path) -> Iterator[TileStore]:
+    """The two slides' store, opened."""
+    with TileStore(store, threads=2) as opened:
+        yield opened
+
+
 @pytest.fixture(scope="session")
 def other_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One other slide."""
@@ -88,6 +98,25 @@ def double(one_thread: None) -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+class TinyBackbone(nn.Module):
+    """A fast encoder, where it does not matter which one it is."""
+
+    num_features = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, self.num_features)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(images.mean((2, 3))))
+
+
+@pytest.fixture
+def _tiny(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """DINO's networks are tiny."""
+    monkeypatch.setattr(dino, "build_encoder", lambda *_: TinyBackbone())
 
 
 @pytest.fixture(scope="session")

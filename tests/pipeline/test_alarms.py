@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from pipeline.alarms import BEFORE, LINES_NEEDED, WINDOW, episodes, standing
 from pipeline.commands.parser import pretrain_config
-from pipeline.methods import dino
 from pipeline.monitor import read_metrics
 from pipeline.pretrain import pretrain
 
@@ -59,12 +56,11 @@ def test_a_run_that_collapsed_has_one(name: str, alarm: str, latest: int) -> Non
         assert found[-1].last_step == lines[-1]["step"]
 
 
+@pytest.mark.usefixtures("_tiny")
 def test_a_run_that_is_made_to_collapse_says_so(
-    tmp_path: Path, words: Callable[..., list[str]], one_thread: None, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    tmp_path: Path, words: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without sharpening, really trained."""
-    monkeypatch.setattr(dino, "build_encoder", lambda *options: Colours())
     changes = {"train.steps": 40, "checkpoint.every": 40, "method.teacher_temp": 1, "method.teacher_temp_start": 1}
     pretrain(pretrain_config(words(tmp_path / "run", changes)))
     lines = read_metrics(tmp_path / "run")
@@ -72,19 +68,6 @@ def test_a_run_that_is_made_to_collapse_says_so(
     assert "alarm uniform_teacher at step" in capsys.readouterr().err
     again = {line["step"]: [alarm.name for alarm in standing(lines[: line["step"]], 0)] for line in lines}
     assert again == {line["step"]: line["alarms"] for line in lines}  # the report finds what the run said
-
-
-class Colours(nn.Module):
-    """A fast encoder."""
-
-    num_features = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, self.num_features)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.linear(images.mean((2, 3))))
 
 
 # ---- each rule at its limit ------------------------------------------------------------------------------------------

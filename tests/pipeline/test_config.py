@@ -132,6 +132,7 @@ def test_an_override_before_the_file_is_refused(file: Path, capsys: pytest.Captu
         ({"model.name": "resnet50"}, "model.name is 'resnet50'"),
         ({"views.preset": "loud"}, "loud"),
         ({"views.local_crops": 0}, "views.global_crops + views.local_crops is 1"),
+        ({"model.name": "vit_tiny_patch16_224", "views.local_size": 40}, "images of 40 px do not divide into patches"),
     ],
 )
 def test_unknown_names_are_refused_before_a_run_is_made(

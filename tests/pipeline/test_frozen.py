@@ -1,10 +1,13 @@
 """A frozen encoder: the run's teacher and nothing else, by its own normalisation; damaged ones are refused."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,7 +15,11 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from pipeline.commands.parser import pretrain_config
+from pipeline.data.augment import make_views
+from pipeline.data.views import colour_spec, view_specs
+from pipeline.models.encoders import build_encoder
 from pipeline.models.frozen import FrozenEncoder, load_encoder
+from pipeline.models.norm import BatchNorm
 from pipeline.pretrain import pretrain
 from tiling import atomic
 from tiling.errors import CheckpointError, DamageError, UsageError
@@ -88,6 +95,13 @@ def test_describes_itself(trained: Path) -> None:
     assert not any(parameter.requires_grad for parameter in encoder.backbone.parameters())
 
 
+def test_a_tile_that_does_not_divide_into_patches_is_refused(trained: Path) -> None:
+    encoder = replace(load_encoder(trained, CPU), backbone=build_encoder("vit_tiny_patch16_224"))
+    for kind, px in (("rgb", 216), ("haar", 208)):
+        with pytest.raises(UsageError, match=r"do not divide into patches of 16 px"):
+            replace(encoder, input=kind).features(torch.zeros(1, px, px, 3, dtype=torch.uint8))
+
+
 def test_teacher_is_neither_the_student_nor_an_older_one(trained: Path) -> None:
     folders = [trained / "checkpoints" / name for name in ("step-00000001", "step-00000002")]
     encoders = [load_encoder(folder, CPU) for folder in (*folders, trained)]
@@ -98,6 +112,44 @@ def test_teacher_is_neither_the_student_nor_an_older_one(trained: Path) -> None:
     assert (older - newer).abs().max() > 1e-4
     teacher, student = (load_file(folders[1] / f"{name}.safetensors") for name in ("teacher", "student"))
     assert any(not torch.equal(teacher[name], value) for name, value in student.items())
+
+
+def test_eval_mode_agrees_with_train_mode_on_global_views(
+    tmp_path: Path, words: Callable[..., list[str]], store: Path
+) -> None:
+    """The teacher trains in train mode and is used in eval mode: its running statistics are those of its views."""
+    changes = {
+        "train.steps": 60, "train.batch_per_rank": 8, "train.accumulate": 1, "checkpoint.every": 60, "optim.lr": 0.01,
+        "views.local_crops": 1, "method.ema_start": 0.9,
+    }  # fmt: skip
+    pretrain(pretrain_config(words(tmp_path / "run", changes)))
+    encoder = load_encoder(tmp_path / "run", CPU)
+    with TileStore(store) as opened:
+        ids = np.arange(len(opened))
+        tiles = torch.from_numpy(opened.read(ids))
+    spec = view_specs(1, 1, 64, 32, (0.4, 1.0), (0.05, 0.4), "histology")[0]
+    assert spec.is_global
+    colour, epochs = colour_spec("histology"), np.full(len(ids), 1000)  # views that no step has seen
+    views = make_views(tiles, ids, epochs, [spec], colour, 0, encoder.mean, encoder.std)[0]
+
+    def outputs(training: bool) -> list[torch.Tensor]:
+        backbone = copy.deepcopy(encoder.backbone).train(training)
+        with torch.no_grad():
+            cls = backbone(views)
+            return [cls, encoder.head(cls)]
+
+    def alike(found: torch.Tensor, expected: torch.Tensor) -> float:
+        """Mean cosine, around the means of all views, which would hide every difference."""
+        centred = (found - found.mean(dim=0), expected - expected.mean(dim=0))
+        return float(functional.cosine_similarity(*centred).mean())
+
+    for used, trained in zip(outputs(training=False), outputs(training=True), strict=True):
+        assert functional.cosine_similarity(used, trained).min() > 0.99
+        assert alike(used, trained) > 0.95
+    for layer in encoder.backbone.modules():
+        if isinstance(layer, BatchNorm):
+            layer.reset_running_stats()
+    assert alike(outputs(training=False)[0], outputs(training=True)[0]) < 0.6  # and it need not have been so
 
 
 def flip(path: Path) -> None:

@@ -9,34 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from pipeline.checkpoint import newest_sound
 from pipeline.commands.parser import pretrain_config
-from pipeline.methods import dino
 from pipeline.monitor import read_metrics
 from pipeline.pretrain import pretrain
 from tiling.errors import StoreError, UsageError
 
 # ---- which RUN may be continued --------------------------------------------------------------------------------------
-
-
-class TinyBackbone(nn.Module):
-    """A fast encoder; which one it is does not matter here."""
-
-    num_features = 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, self.num_features)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.linear(images.mean((2, 3))))
-
-
-@pytest.fixture
-def _tiny(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    monkeypatch.setattr(dino, "build_encoder", lambda name, drop_path, recompute: TinyBackbone())
 
 
 @pytest.fixture

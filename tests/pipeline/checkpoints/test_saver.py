@@ -215,6 +215,7 @@ def test_poll_says_nothing_while_all_is_well_or_under_way(tmp_path: Path, model:
             saver.poll()
         saver.wait()
         saver.poll()
+    assert newest_sound(tmp_path) == step_folder(tmp_path, 1)
 
 
 def test_another_error_on_its_way_is_not_hidden(failing: Saver, capsys: pytest.CaptureFixture[str]) -> None:
