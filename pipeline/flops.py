@@ -63,7 +63,7 @@ def flops_per_sample(config: PretrainConfig, store: TileStore) -> float:
         RuntimeError: The method does something that the meta device cannot.
     """
     meta = torch.device("meta")
-    plain = replace(config, model=replace(config.model, init_from=None), train=replace(config.train, recompute=False))
+    plain = replace(config, train=replace(config.train, recompute=False))
     with meta, Counter() as counter:
         method = build_method(plain, Runtime(0, 1, meta), store)
         for network in method.networks().values():

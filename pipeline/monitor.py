@@ -1,7 +1,7 @@
 """What a run reports: RUN/metrics.jsonl, one line per logged step, and TensorBoard beside it.
 
 A line holds the means of the steps since the line before. A run that is judged by a probe (``pipeline.probe``) begins
-with a line of step 0, which holds what the untrained encoder is worth and has no loss.
+with a line of step 0, which holds what the encoder is worth before the first step and has no loss.
 """
 
 import json
@@ -106,7 +106,7 @@ class Monitor:
             "peak_is_measured": float(best.measured),
         }
 
-    def judge_untrained(self) -> None:
+    def judge_first(self) -> None:
         """Before the first step of a new run: the line of step 0, where there is a probe."""
         if self._probe is not None and not self._lines:
             self._write({"step": 0, "epoch": 0.0, **self._judged(self._probe, 0)})

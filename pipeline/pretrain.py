@@ -179,7 +179,7 @@ class _Writer:
         self._out, self._settings = trainer.config.out or Path(), trainer.config.checkpoint
         self._loader = loader
         self._monitor = Monitor(trainer.config, trainer.runtime, trainer.method, store, position.step, probe)
-        self._monitor.judge_untrained()
+        self._monitor.judge_first()
         self._saver = Saver(self._out, self._settings.keep, self._settings.keep_every)
         self._prepared = False
 

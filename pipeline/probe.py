@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.config import PretrainConfig
-from pipeline.data.haar import network_input
 from pipeline.data.randomness import uniforms
+from pipeline.models.frozen import encoded
 from pipeline.rankme import rankme
 from pipeline.runtime import Runtime, autocast, half_precision
 from tiling.errors import UsageError
@@ -78,6 +78,9 @@ class Probe:
         Returns:
             ``knn``: balanced accuracy; ``knn_chance``: that of guessing; ``probe_rankme``: RankMe of the features. All
             NaN where features are not finite.
+
+        Raises:
+            UsageError: The encoder takes no tiles of this size.
         """
         features = self._encode(encoder)
         chance, rank = 1 / len(self._classes), rankme(features)
@@ -93,13 +96,12 @@ class Probe:
     def _encode(self, encoder: nn.Module) -> torch.Tensor:
         """Features of all tiles, float32, shape (N, D), in the run's precision."""
         views, train = self._config.views, self._config.train
-        kind, half = next(encoder.parameters()).dtype, half_precision(self._device, train.precision)
+        half = half_precision(self._device, train.precision)
         found = []
         with _judging(encoder), autocast(self._device, half):
             for first in range(0, len(self._tiles), train.batch_per_rank):
                 tiles = torch.from_numpy(self._tiles[first : first + train.batch_per_rank]).to(self._device)
-                images = tiles.permute(0, 3, 1, 2).to(kind) / 255
-                found.append(encoder(network_input(images, views.input, views.mean, views.std)).float())
+                found.append(encoded(encoder, tiles, views.input, views.mean, views.std).float())
         return torch.cat(found)
 
 

@@ -56,10 +56,7 @@ class FrozenEncoder:
         Raises:
             UsageError: The encoder takes no tiles of this size.
         """
-        images = tiles.permute(0, 3, 1, 2).to(next(self.backbone.parameters()).dtype) / 255
-        x = network_input(images, self.input, self.mean, self.std)
-        require_size(self.backbone, x.shape[-1])
-        cls = self.backbone(x)
+        cls = encoded(self.backbone, tiles, self.input, self.mean, self.std)
         found = {"cls": cls.float()}
         if self.head is not None:
             found["head"] = self.head(cls).float()
@@ -69,6 +66,19 @@ class FrozenEncoder:
         """The same in float64: what float32 should come close to on any machine."""
         head = None if self.head is None else copy.deepcopy(self.head).double()
         return replace(self, backbone=copy.deepcopy(self.backbone).double(), head=head)
+
+
+def encoded(backbone: nn.Module, tiles: torch.Tensor, input: str, mean: Triple, std: Triple) -> torch.Tensor:
+    """CLS features (B, D) of whole uint8 tiles (B, px, px, 3), in the type of the weights.
+
+    Raises:
+        UsageError: The backbone takes no tiles of this size.
+    """
+    images = tiles.permute(0, 3, 1, 2).to(next(backbone.parameters()).dtype) / 255
+    x = network_input(images, input, mean, std)
+    require_size(backbone, x.shape[-1])
+    features: torch.Tensor = backbone(x)
+    return features
 
 
 def networks(name: str, head: Mapping[str, int] | None) -> nn.ModuleDict:

@@ -62,6 +62,7 @@ class MeanColour(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
+        self.patch_embed = None  # not in patches: any size will do
         self.shapes: list[tuple[int, ...]] = []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -257,6 +258,12 @@ def test_other_tiles_are_refused(labelled: Path, tmp_path: Path, mpp: float, px:
         made_probe(make_store(tmp_path, COHORT, mpp, px), on=labelled)
 
 
+def test_an_encoder_that_takes_no_such_tiles_is_named(tmp_path: Path) -> None:
+    probe = made_probe(make_store(tmp_path, COHORT, px=40))
+    with pytest.raises(UsageError, match="40 px do not divide into patches of 16 px"):
+        probe.judge(build_encoder("vit_tiny_patch16_224"))
+
+
 def test_too_few_tiles_are_refused(labelled: Path) -> None:
     with pytest.raises(UsageError, match="probe_tiles is 5, must be 2 or more for each class"):
         made_probe(labelled, most=5)
@@ -321,6 +328,7 @@ def test_a_probe_that_will_not_do_leaves_no_run(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_train_alike_while_the_first_one_judges(
     labelled: Path, tmp_path: Path, words: Callable[..., list[str]], ranks: Callable[..., None]
 ) -> None:

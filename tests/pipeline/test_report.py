@@ -46,6 +46,7 @@ def make_run(path: Path, lines: list[dict[str, Any]], saved: tuple[int, ...] = (
     about = {
         "config": values, "global_batch": 64, "ranks": 2, "store_fingerprint": STORE, "dataset": "panda", "slides": 2,
         "tiles": 640, "tiling": TileSettings().to_json(), "mpp": 0.5, "software": {"bony": "1", "torch": "2"},
+        "begins_with": None,
     }  # fmt: skip
     path.mkdir()
     atomic.write_json(path / "run.json", boxes.RUN.describe(about))
