@@ -131,6 +131,7 @@ def _train(
                 if last or position.step % train.log_every == 0 or position.step % trainer.config.checkpoint.every == 0:
                     trainer.require_finite()
                 if writer is not None:
+                    heartbeat.doing("writing figures, judging or saving")
                     advance(note=writer.after(done, position, position.samples_seen / len(store), last))
             heartbeat.at(position.step, "waiting for the last checkpoint")
             if writer is not None:

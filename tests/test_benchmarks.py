@@ -202,11 +202,12 @@ def test_slides_are_resampled_whole_within_their_class_and_the_same_for_all_cont
 def test_the_random_contender_is_what_the_run_begins_with(tmp_path: Path) -> None:
     from benchmarks import does_it_learn as learn
     from pipeline.methods import build_method
+    from pipeline.runtime import Runtime
 
     settings = learn.config(tmp_path, tmp_path, seed=1, steps=40)
     encoder = learn.untrained(settings, 0.5)
     torch.manual_seed(derive_seed(1, _STREAM_INIT))
-    begun = build_method(settings, torch.device("cpu")).networks()["teacher"].state_dict()
+    begun = build_method(settings, Runtime(0, 1, torch.device("cpu")), None).networks()["teacher"].state_dict()
     assert encoder.head is not None
     for name, network in (("backbone", encoder.backbone), ("head", encoder.head)):
         assert all(torch.equal(value, begun[f"{name}.{key}"]) for key, value in network.state_dict().items())
