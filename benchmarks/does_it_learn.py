@@ -39,6 +39,7 @@ from pipeline.data.randomness import derive_seed
 from pipeline.models.frozen import FrozenEncoder, head_sizes, load_encoder, networks
 from pipeline.monitor import read_metrics
 from pipeline.pretrain import pretrain
+from pipeline.rankme import rankme
 from tiling import atomic, patches
 from tiling.labels import UNLABELLED
 from tiling.run import tile
@@ -184,13 +185,6 @@ def unit(values: np.ndarray) -> np.ndarray:
     return np.asarray(values / np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12))
 
 
-def rankme(features: np.ndarray) -> float:
-    """Effective rank: exp of the entropy of the singular values' shares (Garrido et al. 2023)."""
-    values = np.linalg.svd(features, compute_uv=False)
-    shares = values / values.sum() + 1e-7
-    return float(np.exp(-(shares * np.log(shares)).sum()))
-
-
 def resampled(hits: dict[str, np.ndarray], labels: np.ndarray, slides: np.ndarray) -> dict[str, np.ndarray]:
     """Balanced accuracy of each contender under resampled slides, the same ones for all; slides stay in their class.
 
@@ -225,7 +219,7 @@ def learn(out: Path, seed: int, steps: int, store: TileStore) -> tuple[dict[str,
         file = out / "features" / f"{name}-{seed}-{encoder.sha256[:12]}.npz"
         for tap, values in encoded_once(file, encoder, store).items():
             features[f"{name}, {tap}"] = values
-            went[f"RankMe, {name}, {tap}"] = rankme(values)
+            went[f"RankMe, {name}, {tap}"] = rankme(torch.from_numpy(values))
     return features, went
 
 

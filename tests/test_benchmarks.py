@@ -174,16 +174,6 @@ def test_neighbours_vote_as_the_original_knn_code_has_them_vote() -> None:
     assert len(set(expected)) == 3
 
 
-def test_rankme_counts_the_directions_that_features_have() -> None:
-    from benchmarks import does_it_learn as learn
-
-    square = np.linalg.qr(np.random.default_rng(0).normal(size=(50, 8)))[0]
-    assert learn.rankme(square) == pytest.approx(8, rel=1e-4)
-    assert learn.rankme(square[:, :1] @ np.ones((1, 8))) == pytest.approx(1, rel=1e-4)
-    entropy = 0.75 * np.log(4 / 3) + 0.25 * np.log(4)
-    assert learn.rankme(square[:, :2] * [3, 1]) == pytest.approx(np.exp(entropy), rel=1e-4)
-
-
 def test_slides_are_resampled_whole_within_their_class_and_the_same_for_all_contenders() -> None:
     from benchmarks import does_it_learn as learn
 
