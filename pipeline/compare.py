@@ -25,6 +25,7 @@ from pipeline.models.frozen import load_encoder
 from pipeline.monitor import read_metrics
 from pipeline.pretrain import pretrain
 from pipeline.probe import Probe
+from pipeline.run import differing
 from pipeline.runtime import one_device
 from pipeline.stopping import Stopped
 from pipeline.sweep import CONFIGS, SEED, Cell
@@ -123,11 +124,11 @@ def _ranks(cell: Cell, store_fingerprint: str) -> float:
     if not (cell.run / RUN.file).exists():
         return 1.0
     known = RUN.read(cell.run)
-    apart = [key for key, value in fixed_values(cell.config).items() if known["config"].get(key) != value]
+    apart = [(key, before) for key, before, _ in differing(known, cell.config)]
     if known["store_fingerprint"] != store_fingerprint:
-        apart.append("data")
-    if apart:
-        what = f"cell was started with another {apart[0]} ({known['config'].get(apart[0])})"
+        apart.append(("data", known["config"]["data"]))
+    for key, before in apart:
+        what = f"cell was started with another {key} ({before})"
         raise UsageError(what, cell.run, "keep the plan's base, or choose another --out")
     return float(known["global_batch"]) / global_batch(cell.config, 1)
 

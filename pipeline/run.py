@@ -90,16 +90,22 @@ def begins_with(run: Path) -> dict[str, str] | None:
     return known
 
 
-def _require_same(run: Path, known: dict[str, Any], about: dict[str, Any], config: PretrainConfig) -> None:
+def differing(known: dict[str, Any], config: PretrainConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Keys that must stay the same and do not: each with the value in ``known``, a run.json, and in ``config``."""
     defaults = fixed_values(PretrainConfig())  # for keys that Bony did not have when the run was started
-    for key, value in fixed_values(config).items():
+    for key, now in fixed_values(config).items():
         before = known["config"].get(key, defaults[key])
-        if before != value:
-            raise UsageError(
-                f"run was started with {key} = {before}, not {value}",
-                run,
-                "continue with the same config, or choose another --out",
-            )
+        if before != now:
+            yield key, before, now
+
+
+def _require_same(run: Path, known: dict[str, Any], about: dict[str, Any], config: PretrainConfig) -> None:
+    for key, before, now in differing(known, config):
+        raise UsageError(
+            f"run was started with {key} = {before}, not {now}",
+            run,
+            "continue with the same config, or choose another --out",
+        )
     if known["global_batch"] != about["global_batch"]:
         raise UsageError(
             f"run was started with {known['global_batch']} samples a step, not {about['global_batch']}",
