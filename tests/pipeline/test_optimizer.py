@@ -183,6 +183,7 @@ def test_a_step_never_waits_for_the_gpu(words: Words, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="left out: torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_compiled_networks_take_the_same_steps(words: Words, tmp_path: Path) -> None:

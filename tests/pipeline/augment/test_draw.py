@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pipeline.config import MethodConfig, ModelConfig, PretrainConfig, ViewsConfig
 from pipeline.data.augment import ViewParameters, ViewSpec, colour_spec, draw, view_specs
 from pipeline.methods.dino import Dino
+from pipeline.runtime import Runtime
 from tiling.errors import UsageError
 
 SpecOf = Callable[..., ViewSpec]
@@ -55,7 +56,7 @@ def test_numbers_sizes_and_scales_of_views_come_from_the_config() -> None:
     views = ViewsConfig(3, 4, 64, 32, (0.5, 0.9), (0.1, 0.3), "original")
     method = MethodConfig(out_dim=8, hidden_dim=8, bottleneck_dim=4)
     config = PretrainConfig(model=ModelConfig("xcit_nano_12_p16_224"), method=method, views=views)
-    specs = Dino(config, torch.device("cpu")).views
+    specs = Dino(config, Runtime(0, 1, torch.device("cpu")), None).views
     assert specs == view_specs(3, 4, 64, 32, (0.5, 0.9), (0.1, 0.3), "original")
     assert [(spec.size, spec.scale, spec.is_global) for spec in specs] == (
         3 * [(64, (0.5, 0.9), True)] + 4 * [(32, (0.1, 0.3), False)]
