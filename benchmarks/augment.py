@@ -28,7 +28,8 @@ from torchvision.transforms import InterpolationMode
 # This file's folder stands first, where ``import tiling`` would find benchmarks/tiling.py.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.data.augment import ViewSpec, colour_spec, draw, make_views, view_specs
+from pipeline.data.augment import make_views
+from pipeline.data.views import ViewSpec, colour_spec, draw, view_specs
 from pipeline.models.frozen import IMAGENET_MEAN, IMAGENET_STD
 from tiling.phantom import make_slide
 

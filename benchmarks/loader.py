@@ -28,10 +28,11 @@ import torch
 from benchmarks.index_scale import SLIDES_OF_ALL, TILES_OF_ALL
 from benchmarks.store_read import make_stores, medians, pure_decode
 from pipeline.config import PANDA_MEAN, PANDA_STD, ViewsConfig
-from pipeline.data.augment import colour_spec, make_views, view_specs
+from pipeline.data.augment import make_views
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.order import Order, shard_permutation, shard_starts
 from pipeline.data.randomness import permutation
+from pipeline.data.views import colour_spec, view_specs
 from pipeline.runtime import one_device
 from tiling.store import TileStore
 

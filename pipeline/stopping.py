@@ -4,6 +4,7 @@ RUN/PREEMPTED says that a run was stopped this way, at which step. A job script 
 with 1 after SIGTERM even when all ranks leave with 0.
 """
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from types import FrameType
 from pipeline.runtime import Runtime
 from tiling import atomic
 from tiling.errors import BonyError
-from tiling.progress import say
 
 MARKER = "PREEMPTED"
 # Preemption and time limits of schedulers, their early warnings, and Ctrl-C.
@@ -57,7 +57,8 @@ class Stopping:
         if self._noted and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: now
         self._noted = number
-        say(f"{signal.Signals(number).name}: stopping after this step")
+        # Not by print: a handler that runs amid another print would raise, and lose what it came to save.
+        os.write(2, f"{signal.Signals(number).name}: stopping after this step\n".encode())
 
     def agreed(self) -> int:
         """The signal that some rank has got, 0 for none; to be called by all ranks after each step."""

@@ -19,9 +19,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import PretrainConfig
-from pipeline.data.augment import colour_spec, make_views
+from pipeline.data.augment import make_views
 from pipeline.data.loader import Batch
 from pipeline.data.randomness import derive_seed
+from pipeline.data.views import colour_spec
 from pipeline.methods.protocol import Method, MicroBatch, Moment
 from pipeline.optimizer import LossScale, build_optimizer, clip_gradients, set_schedules
 from pipeline.runtime import Runtime, autocast, half_precision

@@ -19,12 +19,9 @@ import torch
 from torch.nn import functional
 
 from pipeline.data import colour as pixels
-from pipeline.data.haar import input_side, network_input
-from pipeline.data.views import ColourSpec, ViewParameters, ViewSpec, colour_spec, draw, view_specs
+from pipeline.data.haar import Triple, input_side, network_input
+from pipeline.data.views import ColourSpec, ViewParameters, ViewSpec, draw
 
-__all__ = ["ColourSpec", "ViewParameters", "ViewSpec", "colour_spec", "draw", "make_views", "render", "view_specs"]
-
-Triple = tuple[float, float, float]
 Drawn = tuple[int, ViewParameters]  # a view's side in pixels, and what was drawn for it
 
 CPU_VALUES = 6 * 3 * 224 * 224  # a CPU works on about this many values at a time, so that they stay in its cache

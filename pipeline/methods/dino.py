@@ -16,8 +16,8 @@ from timm.layers.drop import DropPath
 from torch import nn
 
 from pipeline.config import PretrainConfig
-from pipeline.data.augment import ViewSpec, view_specs
 from pipeline.data.haar import input_side
+from pipeline.data.views import ViewSpec, view_specs
 from pipeline.methods.protocol import MicroBatch, Moment, Outcome, follow, grouped_by_size
 from pipeline.models.encoders import build_encoder, require_size, width
 from pipeline.models.heads import DinoHead

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.data.augment import ViewSpec
+from pipeline.data.views import ViewSpec
 from pipeline.models.initial import InitialWeights
 
 

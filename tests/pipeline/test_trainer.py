@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from pipeline.commands.parser import pretrain_config
-from pipeline.data.augment import draw
 from pipeline.data.loader import Batch, Loader
+from pipeline.data.views import draw
 from pipeline.methods import build_method
 from pipeline.methods.protocol import Moment, Outcome
 from pipeline.optimizer import clip_gradients

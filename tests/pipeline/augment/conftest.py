@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.augment import ColourSpec, ViewParameters, ViewSpec, draw
+from pipeline.data.views import ColourSpec, ViewParameters, ViewSpec, draw
 
 SpecOf = Callable[..., ViewSpec]
 DrawnFrom = Callable[..., ViewParameters]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import MethodConfig, ModelConfig, PretrainConfig, ViewsConfig
-from pipeline.data.augment import ViewParameters, ViewSpec, colour_spec, draw, view_specs
+from pipeline.data.views import ViewParameters, ViewSpec, colour_spec, draw, view_specs
 from pipeline.methods.dino import Dino
 from pipeline.runtime import Runtime
 from tiling.errors import UsageError

@@ -6,8 +6,9 @@ import pywt
 import torch
 from torchvision.transforms.v2 import functional as reference
 
-from pipeline.data.augment import colour_spec, make_views, view_specs
+from pipeline.data.augment import make_views
 from pipeline.data.haar import approximation, input_side, network_input
+from pipeline.data.views import colour_spec, view_specs
 from tiling.errors import UsageError
 
 MEAN, STD = (0.7, 0.5, 0.6), (0.2, 0.25, 0.15)

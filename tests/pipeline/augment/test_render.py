@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as reference
 
 from pipeline.data import augment, colour
-from pipeline.data.augment import ViewParameters, ViewSpec, colour_spec, draw, make_views, render, view_specs
+from pipeline.data.augment import make_views, render
+from pipeline.data.views import ViewParameters, ViewSpec, colour_spec, draw, view_specs
 
 SpecOf = Callable[..., ViewSpec]
 DrawnFrom = Callable[..., ViewParameters]
