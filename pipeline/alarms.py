@@ -138,7 +138,7 @@ def _gradient(recent: _Recent) -> Alarm | None:
     return Alarm(
         "exploding_gradient", norm, _EXPLODED * before,
         f"the gradient norm {norm:.3g} is {norm / before:.0f} times what it was",
-        "lower optim.lr or optim.lr_cap, and go on from an earlier checkpoint",
+        "lower optim.lr or optim.lr_cap in another --out, which model.init_from may begin with an earlier checkpoint",
     )  # fmt: skip
 
 

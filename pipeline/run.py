@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -34,8 +34,13 @@ def held(run: Path) -> Iterator[None]:
         HeldError: Another job that lives holds it; the message says who.
     """
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    wait = 1.5 * claims.STALE_SECONDS if requeued else 0.0
     try:
-        with claims.claimed(run / WORK, "run", wait=1.5 * claims.STALE_SECONDS if requeued else 0.0):
+        with ExitStack() as block:
+            try:
+                block.enter_context(claims.claimed(run / WORK, "run", wait))
+            except claims.HeldError as error:
+                raise claims.HeldError(error.what, run, "wait for that job, or choose another --out") from None
             yield
     finally:
         with suppress(OSError):  # something is in it, as there should be

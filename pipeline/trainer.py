@@ -199,7 +199,8 @@ class Trainer:
         raise BonyError(
             f"{what} ({self._tiles_of(step, self.runtime.rank in bad)})",
             self.config.out,
-            "nothing was updated; lower optim.lr or optim.lr_cap and continue from the last checkpoint",
+            "nothing was updated from there on; lower optim.lr or optim.lr_cap in another --out, which model.init_from"
+            " may begin with this run's newest checkpoint",
         )
 
     def _tiles_of(self, step: int, lost: bool) -> str:

@@ -26,6 +26,7 @@ from tiling.errors import BonyError
 STALE_SECONDS, BEAT_SECONDS = 120.0, 15.0
 _CLAIMS = "claims"
 _POLL_SECONDS = 0.2
+_LOST_RACES = 1000  # nobody is too late so often: something else is wrong
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -209,14 +210,17 @@ def claimed(work: Path, name: str, wait: float = 0.0) -> Iterator[Claim]:
 
     Raises:
         HeldError: Somebody who lives holds it; the message says who.
+        OSError: The folder of claims cannot be made.
     """
-    folder, end = work / _CLAIMS / name, time.monotonic() + wait
+    folder, end, lost = work / _CLAIMS / name, time.monotonic() + wait, 0
     while True:
         try:
             claim = _make(folder)
             break
         except (FileExistsError, FileNotFoundError):
-            continue
+            lost += 1
+            if lost == _LOST_RACES:
+                raise
         except HeldError:
             if time.monotonic() >= end:
                 raise

@@ -142,7 +142,7 @@ def test_a_second_job_on_a_run_is_told_who_holds_it(warm: Any, words: Words, tmp
         wait_for(run, 1, lambda: first.running)
         second = warm.start(options)
         assert second.end(30) == [1]
-        assert f"run: is being written by process {first.pids[0]} on " in second.said
+        assert f"{run}: is being written by process {first.pids[0]} on " in second.said
         assert first.running
     finally:
         first.kill()
