@@ -1,10 +1,10 @@
 """Does it learn? xcit_nano by DINO on real tiles, judged on slides that it never saw; ends with one line of JSON.
 
 Slides are held out by a list that was committed before any result was seen (``learn_held_out.txt``; ``--draw`` prints
-how it came about). Their tiles are sorted into benign, Gleason 3 and Gleason 4 by their nearest neighbours among the
-tiles of the other slides: by the pretrained teacher's features, by those of the network it began as, and by mean
-colours. A run that was interrupted goes on where it was: give the same --out. Several processes may train one seed
-each into one --out; the last says ``--seeds 0 1 2``.
+how it came about). Their tiles are sorted into benign, Gleason 3 and Gleason 4 (``learn_judged.py`` says how): by the
+pretrained teacher's features, by those of the network it began as, and by mean colours. A run that was interrupted goes
+on where it was: give the same --out. Several processes may train one seed each into one --out; the last says
+``--seeds 0 1 2``.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import torch
 # This file's folder stands first, where ``import tiling`` would find benchmarks/tiling.py.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.learn_judged import JUDGES, Interval, Tiles, judged
 from pipeline.config import (
     CheckpointConfig,
     MethodConfig,
@@ -51,16 +52,7 @@ HELD_OUT = Path(__file__).with_name("learn_held_out.txt")
 # Folders of the tiles that are judged. Gleason 5 has 8 tiles: its slides are pretrained on, never asked about.
 CLASSES = {"0": "benign", "1": "Gleason 3", "2": "Gleason 4"}
 SLIDES_SHARE, TILES_SHARE = 0.3, (0.25, 0.4)
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # as in the original DINO's eval_knn.py
 STEPS = 3000  # 72 epochs of 671 tiles
-RESAMPLES, LEVELS = 2000, (2.5, 97.5)
-DIFFERENCES = (
-    ("pretrained, cls", "random, cls"),
-    ("pretrained, cls", "mean colour"),
-    ("pretrained, cls", "mean and spread of colour"),
-    ("pretrained, head", "random, head"),
-)
-Interval = tuple[float, float, float]  # the figure, and its bounds
 
 
 def draw_held_out(manifest: Path) -> tuple[int, list[str]]:
@@ -163,51 +155,6 @@ def colours(store: TileStore) -> np.ndarray:
     return np.asarray((found - found.mean(axis=0)) / found.std(axis=0))
 
 
-def knn(known: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Classes by weighted cosine neighbours (Wu et al. 2018; the original DINO's ``eval_knn.py``).
-
-    Args:
-        known: Features of tiles whose class is known, shape (N, D).
-        labels: Their classes, counted from 0, shape (N,).
-        asked: Features of the others, shape (M, D).
-
-    Returns:
-        int64, shape (M,).
-    """
-    alike = unit(asked) @ unit(known).T
-    nearest = np.argsort(-alike, axis=1, kind="stable")[:, :NEIGHBOURS]
-    votes = np.exp(np.take_along_axis(alike, nearest, axis=1) / TEMPERATURE)
-    by_class = [np.where(labels[nearest] == label, votes, 0).sum(axis=1) for label in range(labels.max() + 1)]
-    return np.asarray(np.argmax(by_class, axis=0))
-
-
-def unit(values: np.ndarray) -> np.ndarray:
-    """Each row divided by its length."""
-    return np.asarray(values / np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12))
-
-
-def resampled(hits: dict[str, np.ndarray], labels: np.ndarray, slides: np.ndarray) -> dict[str, np.ndarray]:
-    """Balanced accuracy of each contender under resampled slides, the same ones for all; slides stay in their class.
-
-    Args:
-        hits: Whether each tile was told right, by contender; shape (N,).
-        labels: Class of each tile, shape (N,).
-        slides: Slide of each tile, shape (N,).
-
-    Returns:
-        By contender, shape (RESAMPLES,).
-    """
-    rng = np.random.default_rng(0)
-    recalls: dict[str, list[np.ndarray]] = {name: [] for name in hits}
-    for label in np.unique(labels):
-        ids, number = np.unique(slides[labels == label], return_inverse=True)
-        drawn = rng.integers(len(ids), size=(RESAMPLES, len(ids)))
-        tiles = np.bincount(number)[drawn].sum(axis=1)
-        for name, right in hits.items():
-            recalls[name].append(np.bincount(number, right[labels == label])[drawn].sum(axis=1) / tiles)
-    return {name: np.mean(values, axis=0) for name, values in recalls.items()}
-
-
 def learn(out: Path, seed: int, steps: int, store: TileStore) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Train a seed, or what is left of it; features of all tiles by contender, and how the training went."""
     run = out / f"seed-{seed}"
@@ -235,44 +182,6 @@ def how_it_went(run: Path) -> dict[str, float]:
     }  # fmt: skip
 
 
-def told_right(features: dict[str, np.ndarray], labels: np.ndarray, held_out: np.ndarray) -> dict[str, np.ndarray]:
-    """Whether each held-out tile of a class that counts is told right, by contender."""
-    known, asked = (np.flatnonzero((labels != UNLABELLED) & side) for side in (~held_out, held_out))
-    return {
-        name: knn(values[known], labels[known], values[asked]) == labels[asked] for name, values in features.items()
-    }
-
-
-def compare(
-    rights: Sequence[dict[str, np.ndarray]], labels: np.ndarray, slides: np.ndarray
-) -> dict[str, list[Interval]]:
-    """Balanced accuracies and their differences with intervals: one per seed, and one of the seeds' mean."""
-    again: list[dict[str, Any]] = [resampled(hits, labels, slides) for hits in rights]
-    points: list[dict[str, Any]] = [{name: balanced(hit, labels) for name, hit in hits.items()} for hits in rights]
-    for group in (points, again):
-        group.append({name: np.mean([one[name] for one in group], axis=0) for name in group[0]})
-    table = {
-        name: [interval(point[name], draws[name]) for point, draws in zip(points, again, strict=True)]
-        for name in points[0]
-    }
-    for ours, theirs in DIFFERENCES:
-        table[f"{ours} - {theirs}"] = [
-            interval(point[ours] - point[theirs], draws[ours] - draws[theirs])
-            for point, draws in zip(points, again, strict=True)
-        ]
-    return table
-
-
-def balanced(right: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over classes of the share told right."""
-    return float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
-
-
-def interval(point: float, draws: np.ndarray) -> Interval:
-    low, high = np.percentile(draws, LEVELS)
-    return round(float(point), 4), round(float(low), 4), round(float(high), 4)
-
-
 def markdown(title: str, columns: Sequence[str], rows: dict[str, list[str]]) -> str:
     lines = [[title, *columns], ["---"] * (len(columns) + 1), *([name, *cells] for name, cells in rows.items())]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -283,14 +192,17 @@ def shown(name: str, value: Interval) -> str:
     return f"{point:+.3f} [{low:+.3f}, {high:+.3f}]" if " - " in name else f"{point:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def report(table: dict[str, list[Interval]], went: dict[str, dict[str, float]], about: dict[str, Any]) -> None:
-    """Two tables for RESULTS.md, and one line of JSON."""
+def report(
+    tables: dict[str, dict[str, list[Interval]]], went: dict[str, dict[str, float]], about: dict[str, Any]
+) -> None:
+    """Tables for RESULTS.md, and one line of JSON."""
     seeds = list(went)
-    judged = {name: [shown(name, value) for value in values] for name, values in table.items()}
-    print(markdown("kNN balanced accuracy, held-out slides", [*seeds, "mean of the seeds"], judged), end="\n\n")
+    for judge, table in tables.items():
+        cells = {name: [shown(name, value) for value in values] for name, values in table.items()}
+        print(markdown(f"balanced accuracy: {judge}", [*seeds, "mean of the seeds"], cells), end="\n\n")
     names = went[seeds[0]]
     print(markdown("training", seeds, {name: [f"{went[seed][name]:.2f}" for seed in seeds] for name in names}))
-    print(json.dumps({"benchmark": "does_it_learn", **about, "balanced_accuracy": table, "training": went}))
+    print(json.dumps({"benchmark": "does_it_learn", **about, "balanced_accuracy": tables, "training": went}))
 
 
 def main() -> None:
@@ -314,19 +226,16 @@ def main() -> None:
     with TileStore(args.out / "all") as store:
         colour, slides = colours(store), store.slide_of_row
         labels = np.where(store.labels() < len(CLASSES), store.labels(), UNLABELLED)
-        held_out = np.isin(np.array(store.slide_ids)[slides], held_out_slides)
-        asked = held_out & (labels != UNLABELLED)
-        rights, went = [], {}
+        tiles = Tiles(labels, slides, np.isin(np.array(store.slide_ids)[slides], held_out_slides))
+        contenders, went = [], {}
         for seed in args.seeds:
             features, went[f"seed {seed}"] = learn(args.out, seed, steps, store)
-            features |= {"mean colour": colour[:, :3], "mean and spread of colour": colour}
-            rights.append(told_right(features, labels, held_out))
-    table = compare(rights, labels[asked], slides[asked])
-    report(
-        table,
-        went,
-        {"steps": steps, "seeds": args.seeds, "tiles": int(asked.sum()), "slides": len(np.unique(slides[asked]))},
-    )
+            contenders.append(features | {"mean colour": colour[:, :3], "mean and spread of colour": colour})
+    asked = tiles.asked()
+    about = {
+        "steps": steps, "seeds": args.seeds, "tiles": len(asked), "slides": len(np.unique(slides[asked])),
+    }  # fmt: skip
+    report({name: judged(contenders, tiles, judge) for name, judge in JUDGES.items()}, went, about)
 
 
 if __name__ == "__main__":
