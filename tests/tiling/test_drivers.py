@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -75,13 +75,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def half_made(store: Path) -> list[Path]:
-    """Folders of slides that are being written."""
-    work = store / "work"
-    return [path for path in work.iterdir() if path.name != "claims"] if work.is_dir() else []
+    """Folders of slides that are being written; os.walk minds no folder that goes meanwhile."""
+    _, folders, others = next(os.walk(store / "work"), ("", [], []))
+    return [store / "work" / name for name in (*folders, *others) if name != "claims"]
 
 
 def shards_begun(store: Path, but: Collection[Path] = ()) -> bool:
-    return any(list(folder.glob("tiles.zarr/c/*/*/*/*")) for folder in half_made(store) if folder not in but)
+    begun = (folder / "tiles.zarr/c" for folder in half_made(store) if folder not in but)
+    return any(files for chunks in begun for _, _, files in os.walk(chunks))
 
 
 def kill_amid_a_slide(command: list[str], store: Path) -> None:
@@ -192,8 +193,9 @@ def test_a_slide_that_crashes_its_worker_is_left_out(big: Path, tmp_path: Path) 
         while run.poll() is None:
             if any(path.name.startswith(f"{victim}.") for path in half_made(store)):
                 for worker in workers_of(run.pid):
-                    os.kill(worker, signal.SIGKILL)
-                    deaths += 1
+                    with suppress(ProcessLookupError):
+                        os.kill(worker, signal.SIGKILL)
+                        deaths += 1
             time.sleep(0.002)
         assert run.returncode == 3
     assert deaths >= 2
@@ -206,8 +208,12 @@ def test_a_slide_that_crashes_its_worker_is_left_out(big: Path, tmp_path: Path) 
 
 def workers_of(pid: int) -> list[int]:
     """Spawned workers of a process: its children but multiprocessing's resource tracker."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    workers = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has gone meanwhile
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                workers.append(int(child))
+    return workers
 
 
 def test_a_killed_mpi_worker(big: Path, reference: dict[str, str], tmp_path: Path, files: Files) -> None:
