@@ -17,7 +17,6 @@ from sklearn.preprocessing import StandardScaler
 from pipeline.probe import neighbours_say
 from tiling.labels import UNLABELLED
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # as in the original DINO's eval_knn.py
 PENALTY = 0.1  # C of the logistic regression on standardised features
 RESAMPLES, LEVELS = 2000, (2.5, 97.5)
 DIFFERENCES = (
@@ -70,9 +69,10 @@ class Judge:
 
 
 def by_neighbours(features: np.ndarray, tiles: Tiles) -> np.ndarray:
-    """Classes of held-out slides' tiles, by the nearest tiles of the others."""
-    known = tiles.known()
-    return knn(features[known], tiles.label[known], features[tiles.asked()])
+    """Classes of held-out slides' tiles, by the nearest tiles of the others: to the probe they are all one slide."""
+    rows = tiles.labelled()
+    slide = np.where(tiles.held_out, -1, tiles.slide)
+    return probed(features[rows], tiles.label[rows], slide[rows])[tiles.held_out[rows]]
 
 
 def by_regression(features: np.ndarray, tiles: Tiles) -> np.ndarray:
@@ -85,8 +85,12 @@ def by_regression(features: np.ndarray, tiles: Tiles) -> np.ndarray:
 def by_other_slides(features: np.ndarray, tiles: Tiles) -> np.ndarray:
     """Classes of all tiles, by the nearest tiles of all other slides: the monitor's probe."""
     rows = tiles.labelled()
-    label, slide = torch.from_numpy(tiles.label[rows]), torch.from_numpy(tiles.slide[rows])
-    return neighbours_say(torch.from_numpy(features[rows]), label, slide).numpy()
+    return probed(features[rows], tiles.label[rows], tiles.slide[rows])
+
+
+def probed(features: np.ndarray, label: np.ndarray, slide: np.ndarray) -> np.ndarray:
+    """The class that each tile's nearest neighbours on other slides vote for; int64, shape (N,)."""
+    return neighbours_say(*(torch.from_numpy(values) for values in (features, label, slide))).numpy()
 
 
 JUDGES = {
@@ -133,29 +137,6 @@ def balanced(right: np.ndarray, labels: np.ndarray) -> float:
 def interval(point: float, draws: np.ndarray) -> Interval:
     low, high = np.percentile(draws, LEVELS)
     return round(float(point), 4), round(float(low), 4), round(float(high), 4)
-
-
-def knn(known: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Classes by weighted cosine neighbours (Wu et al. 2018; the original DINO's ``eval_knn.py``).
-
-    Args:
-        known: Features of tiles whose class is known, shape (N, D).
-        labels: Their classes, counted from 0, shape (N,).
-        asked: Features of the others, shape (M, D).
-
-    Returns:
-        int64, shape (M,).
-    """
-    alike = unit(asked) @ unit(known).T
-    nearest = np.argsort(-alike, axis=1, kind="stable")[:, :NEIGHBOURS]
-    votes = np.exp(np.take_along_axis(alike, nearest, axis=1) / TEMPERATURE)
-    by_class = [np.where(labels[nearest] == label, votes, 0).sum(axis=1) for label in range(labels.max() + 1)]
-    return np.asarray(np.argmax(by_class, axis=0))
-
-
-def unit(values: np.ndarray) -> np.ndarray:
-    """Each row divided by its length."""
-    return np.asarray(values / np.linalg.norm(values, axis=1, keepdims=True).clip(1e-12))
 
 
 def resampled(hits: dict[str, np.ndarray], labels: np.ndarray, slides: np.ndarray) -> dict[str, np.ndarray]:

@@ -170,7 +170,8 @@ def test_neighbours_vote_as_the_original_knn_code_has_them_vote() -> None:
         for place in sorted(range(90), key=lambda place: -alike[place])[:20]:
             votes[labels[place]] += np.exp(alike[place] / 0.07)
         expected.append(int(np.argmax(votes)))
-    assert learn.knn(known, labels, asked).tolist() == expected
+    tiles = learn.Tiles(np.append(labels, np.zeros(200, np.int64)), np.arange(290), np.arange(290) >= 90)
+    assert learn.by_neighbours(np.concatenate([known, asked]), tiles).tolist() == expected
     assert len(set(expected)) == 3
 
 
